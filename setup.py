@@ -1,0 +1,55 @@
+"""Builds the Cython core. Everything else is declared in pyproject.toml.
+
+Environment:
+    KVROUTER_DEBUG=1  bounds checks, line tracing and annotated C for the core
+    KVROUTER_SANITIZE=1  AddressSanitizer and UndefinedBehaviorSanitizer
+"""
+
+import os
+from pathlib import Path
+
+from Cython.Build import cythonize
+from setuptools import Extension, setup
+
+CORE = Path("src/kvrouter_grpc/core")
+DEBUG = os.environ.get("KVROUTER_DEBUG") == "1"
+SANITIZE = os.environ.get("KVROUTER_SANITIZE") == "1"
+
+compile_args = ["-O2", "-Wall", "-Wextra", "-Wno-unused-parameter", "-Wno-missing-field-initializers", "-std=c11"]
+link_args: list[str] = []
+macros: list[tuple[str, str | None]] = [("XXH_INLINE_ALL", None)]
+if DEBUG:
+    compile_args += ["-O0", "-g"]
+    macros.append(("CYTHON_TRACE_NOGIL", "1"))
+if SANITIZE:
+    flags = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-g", "-O1"]
+    compile_args += flags
+    link_args += flags
+
+extensions = [
+    Extension(
+        "kvrouter_grpc.core." + source.stem,
+        [str(source)],
+        include_dirs=[str(CORE / "vendor"), str(CORE)],
+        define_macros=macros,
+        extra_compile_args=compile_args,
+        extra_link_args=link_args,
+    )
+    for source in sorted(CORE.glob("*.pyx"))
+]
+
+setup(
+    ext_modules=cythonize(
+        extensions,
+        language_level=3,
+        annotate=DEBUG,
+        compiler_directives={
+            "boundscheck": DEBUG,
+            "wraparound": False,
+            "cdivision": True,
+            "initializedcheck": DEBUG,
+            "linetrace": DEBUG,
+            "embedsignature": True,
+        },
+    )
+)

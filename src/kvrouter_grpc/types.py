@@ -1,0 +1,280 @@
+"""The nouns that the rooms of the router exchange: plain, frozen values without behaviour or I/O."""
+
+from array import array
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any, NamedTuple
+
+Json = Any  # a JSON value: None, bool, int, float, str, list or dict
+
+
+class Role(Enum):
+    """What a worker is for in disaggregated serving; `BOTH` is an ordinary, aggregated worker."""
+
+    BOTH = "both"
+    PREFILL = "prefill"
+    DECODE = "decode"
+
+
+class Tier(Enum):
+    """Where a KV block lies, nearest first."""
+
+    DEVICE = "device"
+    HOST = "host"
+    DISK = "disk"
+    REMOTE = "remote"
+
+
+class Target(NamedTuple):
+    """One schedulable engine: a worker and one of its data-parallel ranks."""
+
+    worker_id: int  # u64
+    dp_rank: int
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerSpec:
+    """A worker as it was configured, found or registered. None means: ask the worker."""
+
+    name: str
+    url: str  # http://host:port of the engine's OpenAI surface, without a trailing slash
+    endpoint: str  # namespace.component.endpoint
+    models: tuple[str, ...] | None = None  # served model and LoRA adapter names
+    events: str | None = None  # tcp://host:port of rank 0's PUB socket; rank r is at port + r
+    replay: str | None = None  # tcp://host:port of rank 0's replay ROUTER; rank r is at port + r
+    kv_events: bool = True  # False: this worker publishes none and none are expected
+    topic: str = ""
+    dp_size: int | None = None
+    block_size: int | None = None
+    role: Role = Role.BOTH
+    taints: frozenset[str] = frozenset()
+    total_kv_blocks: int | None = None  # per rank
+    max_num_batched_tokens: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerFacts:
+    """What a worker says of itself over HTTP; None where its version does not tell."""
+
+    models: tuple[str, ...]
+    loras: tuple[str, ...] = ()
+    max_model_len: int | None = None
+    block_size: int | None = None
+    total_kv_blocks: int | None = None
+    dp_size: int = 1
+    events: str | None = None
+    replay: str | None = None
+    topic: str = ""
+    kv_events: bool | None = None  # None: the worker cannot tell
+    process_start_time: float | None = None
+    version: str | None = None
+
+
+class WorkerState(Enum):
+    """Whether a worker may be picked."""
+
+    STARTING = "starting"  # not probed yet
+    READY = "ready"
+    UNHEALTHY = "unhealthy"  # its health check or its last request failed
+    MISCONFIGURED = "misconfigured"  # e.g. another block size; `reason` says what to change
+    DRAINING = "draining"  # finishes what it has, gets nothing new
+
+
+class StreamState(Enum):
+    """How true the router's picture of one rank's cache is."""
+
+    COLD = "cold"  # nothing heard yet
+    SYNCING = "syncing"  # replaying what was missed
+    LIVE = "live"  # every event since the start of coverage was applied
+    STALE = "stale"  # a gap that could not be repaired
+    OFF = "off"  # this worker publishes no events
+
+
+@dataclass(frozen=True, slots=True)
+class RouterOverride:
+    """Per-request change of the policy; None leaves the configured value."""
+
+    overlap_score_credit: float | None = None
+    prefill_load_scale: float | None = None
+    temperature: float | None = None
+    assume_kv_reuse: bool | None = None
+    track_prefill_tokens: bool | None = None
+    shared_cache_multiplier: float | None = None
+    cost: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class RoutingHints:
+    """What the caller asks of the decision beside the prompt itself."""
+
+    worker_id: int | None = None  # pin
+    dp_rank: int | None = None  # rank of the pin
+    allowed_worker_ids: frozenset[int] | None = None
+    required_taints: frozenset[str] = frozenset()
+    preferred_taints: Mapping[str, float] = field(default_factory=dict)
+    expected_output_tokens: int | None = None
+    strict_priority: int = 0
+    priority_jump_s: float = 0.0
+    override: RouterOverride | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """What decides which cached blocks fit: the tokens, and all that is folded into their hashes.
+
+    Attributes:
+        tokens: Token ids, u32, `array("I")`.
+        lora_name: Adapter name, "" for the base model.
+        cache_salt: Tenant salt, "" for none.
+        mm_hashes: Block index to the multimodal hashes (u64) of the objects in that block.
+    """
+
+    tokens: "array[int]"
+    lora_name: str = ""
+    cache_salt: str = ""
+    mm_hashes: Mapping[int, Sequence[int]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Overlap:
+    """Blocks of a prompt that one target holds, each tier continuing where the one before ends."""
+
+    device: int = 0
+    host: int = 0
+    disk: int = 0
+    remote: int = 0
+
+    @property
+    def total(self) -> int:
+        """Blocks over all tiers."""
+        return self.device + self.host + self.disk + self.remote
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """One target as the decision saw it."""
+
+    target: Target
+    worker_name: str
+    overlap: Overlap
+    cost: float | None  # None when the target was dropped
+    terms: Mapping[str, float] = field(default_factory=dict)  # cost term name to value
+    dropped: str = ""  # why the target was not eligible, "" when it was
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """Where a request goes and why."""
+
+    target: Target
+    worker_name: str
+    url: str
+    overlap: Overlap
+    block_size: int  # tokens per block; 0 while the endpoint has not learned it
+    prompt_tokens: int
+    prompt_blocks: int  # full blocks in the prompt
+    expected_cached_tokens: int  # what the engine's `cached_tokens` should say
+    cost: float
+    freshness: float  # 0..1
+    candidates: tuple[Candidate, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class EngineRequest:
+    """One request as an engine client sends it. `params` uses vLLM's field names."""
+
+    request_id: str
+    model: str
+    tokens: "array[int]"
+    params: Mapping[str, Json]
+    cache_salt: str = ""
+    priority: int | None = None
+    kv_transfer_params: Json = None
+
+    @property
+    def streams(self) -> bool:
+        """Whether the answer is streamed: a remote-decode prefill leg is not.
+
+        vLLM returns `kv_transfer_params` only with a non-streamed answer.
+        """
+        params = self.kv_transfer_params
+        return not (isinstance(params, dict) and bool(params.get("do_remote_decode")))
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """Token counts of the engine; `cached_tokens` is None unless the engine reports it."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    cached_tokens: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """One alternative at one position."""
+
+    token_id: int | None
+    token: str
+    logprob: float
+    rank: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class EngineChunk:
+    """One step of an engine's answer: deltas, except `usage`, which is a running total."""
+
+    index: int = 0
+    token_ids: Sequence[int] = ()
+    text: str = ""
+    finish_reason: str | None = None  # stop | length | abort | error | repetition | content_filter
+    stop_reason: int | str | None = None  # the stop token id or stop string that ended it
+    logprobs: Sequence[TokenLogprob] = ()  # one per token: the chosen one
+    top_logprobs: Sequence[Sequence[TokenLogprob]] = ()  # one list per token
+    usage: Usage | None = None
+    kv_transfer_params: Json = None
+
+
+@dataclass(frozen=True, slots=True)
+class BlocksStored:
+    """An engine now holds these blocks; `tokens` covers all of them, `parent` is the engine hash before the first."""
+
+    hashes: "array[int]"  # u64 engine hashes, opaque names
+    parent: int | None
+    tokens: "array[int]"  # u32, at least len(hashes) * block_size; empty when the engine gave none
+    block_size: int
+    lora_name: str = ""
+    cache_salt: str = ""  # given on the first block of a chain only; children inherit it through `parent`
+    mm_hashes: Mapping[int, Sequence[int]] = field(default_factory=dict)  # block index in this event to u64s
+    tier: Tier = Tier.DEVICE
+    group: int = 0  # KV cache group of hybrid models
+    kind: str = ""  # kv_cache_spec_kind, "" when not told
+    window: int | None = None  # sliding window in tokens
+
+
+@dataclass(frozen=True, slots=True)
+class BlocksRemoved:
+    """An engine gave up one physical copy of each of these blocks."""
+
+    hashes: "array[int]"
+    tier: Tier = Tier.DEVICE
+    group: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class CacheCleared:
+    """An engine gave up all blocks of the rank."""
+
+
+KvEvent = BlocksStored | BlocksRemoved | CacheCleared
+
+
+@dataclass(frozen=True, slots=True)
+class KvBatch:
+    """One message of an engine's event stream."""
+
+    ts: float  # seconds since the epoch, the engine's clock
+    events: Sequence[KvEvent]
+    dp_rank: int | None = None
+    skipped: int = 0  # events of unknown kind or broken shape, left out one by one
