@@ -1,0 +1,63 @@
+"""The whole configuration."""
+
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from pydantic import Field
+
+from kvrouter_grpc.config.router import RouterConfig
+from kvrouter_grpc.config.section import Contradiction, Endpoint, Names, Section, setting
+from kvrouter_grpc.config.sections import EventsConfig, LogConfig, ServerConfig, UpstreamConfig
+from kvrouter_grpc.types import WorkerSpec
+
+
+class Config(Section):
+    """Everything the router is told, checked. Each component takes its own section.
+
+    Attributes:
+        warnings: Sentences for the operator: deprecated names, settings without effect.
+        origins: Where each value that is not a default came from, by path (`router.temperature`).
+    """
+
+    endpoints: tuple[Endpoint, ...] = setting(
+        ...,
+        "Endpoint served, namespace.component.endpoint; repeat for several.",
+        min_length=1,
+        max_length=256,
+        names=Names(flag="--endpoint", env=("DYN_ROUTER_ENDPOINT",)),
+    )
+    workers: tuple[WorkerSpec, ...] = setting(
+        (),
+        "A worker, as name=...,url=http://host:port,...; repeat for several. Lists inside use |.",
+        max_length=10_000,
+        names=Names(flag="--worker"),
+    )
+    workers_file: Path | None = setting(None, "YAML file with more workers: a list of mappings.")
+    server: ServerConfig = ServerConfig()
+    router: RouterConfig = RouterConfig()
+    events: EventsConfig = EventsConfig()
+    upstream: UpstreamConfig = UpstreamConfig()
+    log: LogConfig = LogConfig()
+    warnings: tuple[str, ...] = Field((), exclude=True, repr=False)
+    origins: Mapping[str, str] = Field({}, exclude=True, repr=False)
+
+    def contradictions(self) -> Iterator[Contradiction]:
+        """Check that names are unique and that workers belong to an endpoint served here."""
+        for endpoint, count in Counter(self.endpoints).items():
+            if count > 1:
+                yield Contradiction(
+                    ("endpoints",), f"endpoint {endpoint} is given {count} times: give it once."
+                )
+        for name, count in Counter(worker.name for worker in self.workers).items():
+            if count > 1:
+                yield Contradiction(
+                    ("workers",), f"{count} workers are called {name}: give each its own name=."
+                )
+        for worker in self.workers:
+            if worker.endpoint not in self.endpoints:
+                yield Contradiction(
+                    ("workers", "endpoints"),
+                    f"worker {worker.name} is for endpoint {worker.endpoint}, which this router does not "
+                    f"serve: add --endpoint {worker.endpoint} or change the worker.",
+                )

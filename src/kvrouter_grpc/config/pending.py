@@ -1,0 +1,152 @@
+"""Settings of the Dynamo router whose feature this version does not have.
+
+They are parsed and checked, so that a command line or an environment written for Dynamo works here unchanged,
+and each one set to another value than its default is answered with one warning. Being a field of
+`PendingRouterConfig` is what makes a setting one of these: to give it its effect, move it to `RouterConfig`.
+"""
+
+from pathlib import Path
+from typing import Literal
+
+from kvrouter_grpc.config.section import Names, Section, setting
+
+
+class PendingRouterConfig(Section):
+    """Accepted for compatibility, without effect."""
+
+    # The admission queue.
+    queue_threshold: float | None = setting(
+        None,
+        "Hold requests back while every worker has more prefill tokens than this fraction of its batch "
+        "budget; none never does.",
+        ge=0,
+    )
+    queue_policy: Literal["fcfs", "wspt", "lcfs"] = setting("fcfs", "Order of the requests held back.")
+    policy_config: Path | None = setting(None, "YAML file of policy classes.")
+    prefill_policy: str | None = setting(None, "Name of the selection policy for prefill workers.")
+    decode_policy: str | None = setting(None, "Name of the selection policy for decode workers.")
+    overlap_refresh_after_s: float = setting(
+        10.0,
+        "Look the overlap up again for a request that waited this many seconds; 0 never does.",
+        ge=0,
+        names=Names(env=("DYN_ROUTER_OVERLAP_REFRESH_AFTER_SECS",)),
+    )
+
+    # Overload thresholds.
+    active_decode_blocks_threshold: float | None = setting(
+        None,
+        "Leave out workers whose KV cache is fuller than this fraction.",
+        ge=0,
+        le=1,
+        names=Names(flag="--active-decode-blocks-threshold", env=("DYN_ACTIVE_DECODE_BLOCKS_THRESHOLD",)),
+    )
+    active_prefill_tokens_threshold: int | None = setting(
+        None,
+        "Leave out workers with more prefill tokens than this.",
+        ge=0,
+        names=Names(flag="--active-prefill-tokens-threshold", env=("DYN_ACTIVE_PREFILL_TOKENS_THRESHOLD",)),
+    )
+    active_prefill_tokens_threshold_frac: float | None = setting(
+        None,
+        "Leave out workers with more prefill tokens than this fraction of their batch budget.",
+        ge=0,
+        names=Names(
+            flag="--active-prefill-tokens-threshold-frac", env=("DYN_ACTIVE_PREFILL_TOKENS_THRESHOLD_FRAC",)
+        ),
+    )
+    session_affinity_ttl_secs: float | None = setting(
+        None, "Keep a session on its worker until it was idle for this many seconds.", gt=0
+    )
+
+    # Predicting caches without, or ahead of, events.
+    ttl_secs: float = setting(120.0, "Life of a predicted block in seconds.", gt=0)
+    approximate_cache_policy: Literal["ttl", "lru"] = setting("ttl", "How predicted blocks end.")
+    predicted_ttl_secs: float | None = setting(
+        None, "Count a request's blocks as cached for this many seconds, before their events arrive.", gt=0
+    )
+    predict_on_route: bool = setting(False, "Earlier name of predicted-ttl-secs.")
+    max_tree_size: int = setting(1 << 20, "Predicted blocks at which pruning starts.", ge=1)
+    prune_target_ratio: float = setting(0.8, "Part of max-tree-size that pruning leaves.", gt=0, le=1)
+
+    # State shared between replicas.
+    replica_sync: bool = setting(False, "Share the booked load between router replicas.")
+    active_sequence_direct_zmq: bool = setting(False, "Share the booked load over ZeroMQ.")
+    snapshot_threshold: int = setting(1_000_000, "Events between two snapshots.", ge=1)
+    reset_states: bool = setting(False, "Forget the shared state at start. This router keeps none.")
+    durable_kv_events: bool = setting(
+        False, "Take KV events from JetStream.", names=Names(legacy_flags=("--durable-kv-events",))
+    )
+    serve_indexer: bool = setting(
+        False,
+        "Serve this router's index to others.",
+        names=Names(flag="--serve-indexer", env=("DYN_SERVE_INDEXER",)),
+    )
+    use_remote_indexer: bool = setting(
+        False,
+        "Ask another process for the index.",
+        names=Names(flag="--use-remote-indexer", env=("DYN_USE_REMOTE_INDEXER",)),
+    )
+
+    # The cache beyond the workers.
+    shared_cache_multiplier: float | None = setting(
+        None,
+        "Credit per block held in a cache that all workers share.",
+        ge=0,
+        le=1,
+        names=Names(flag="--shared-cache-multiplier", env=("DYN_SHARED_CACHE_MULTIPLIER",)),
+    )
+    shared_cache_type: Literal["none", "hicache"] = setting(
+        "none",
+        "Kind of the cache that all workers share.",
+        names=Names(flag="--shared-cache-type", env=("DYN_SHARED_CACHE_TYPE",)),
+    )
+
+    # Prefill performance model.
+    prefill_load_model: Literal["none", "aic"] = setting(
+        "none", "Model that predicts how long a prefill takes."
+    )
+    aic_backend: str | None = setting(
+        None, "Engine of the performance model.", names=Names(flag="--aic-backend")
+    )
+    aic_backend_version: str | None = setting(
+        None, "Engine version of the performance model.", names=Names(flag="--aic-backend-version")
+    )
+    aic_system: str | None = setting(None, "GPU of the performance model.", names=Names(flag="--aic-system"))
+    aic_model_path: str | None = setting(
+        None, "Model of the performance model.", names=Names(flag="--aic-model-path")
+    )
+    aic_tp_size: int | None = setting(
+        None, "Tensor parallelism of the performance model.", ge=1, names=Names(flag="--aic-tp-size")
+    )
+
+    # What this design does without.
+    event_threads: int = setting(
+        4, "Threads that apply KV events. This router applies them on its event loop.", ge=1
+    )
+    tracking_hash: Literal["public-xxh3-v1", "keyed-xxh3-v1"] = setting(
+        "public-xxh3-v1", "Hash that names blocks in the load shared between replicas."
+    )
+    tracking_key_file: Path | None = setting(None, "File with the key of keyed-xxh3-v1.")
+    tracking_key_id: str | None = setting(None, "Name of the key of keyed-xxh3-v1.")
+    conditional_disagg: bool = setting(False, "Skip the remote prefill where it does not pay.")
+    conditional_disagg_config: str | None = setting(None, "Settings of conditional-disagg as a JSON object.")
+    enable_session_prefix_index: bool = setting(
+        False,
+        "Keep the prefixes of each session.",
+        names=Names(flag="--enable-session-prefix-index", env=("DYN_ENABLE_SESSION_PREFIX_INDEX",)),
+    )
+    discovery_backend: str | None = setting(
+        None,
+        "Where Dynamo workers register. This router needs no registry.",
+        names=Names(flag="--discovery-backend", dynamo=False),
+    )
+    request_plane: str | None = setting(
+        None,
+        "How Dynamo sends requests. This router speaks the engines' HTTP.",
+        names=Names(flag="--request-plane", dynamo=False),
+    )
+    event_plane: str | None = setting(
+        None,
+        "How Dynamo sends events. This router subscribes to the engines.",
+        names=Names(flag="--event-plane", dynamo=False),
+    )

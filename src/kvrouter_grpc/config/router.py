@@ -1,0 +1,127 @@
+"""The section about the decision: cost, load model and index."""
+
+from collections.abc import Iterator
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator
+
+from kvrouter_grpc.config.pending import PendingRouterConfig
+from kvrouter_grpc.config.section import Contradiction, Names, setting
+
+
+def _mode(value: Any) -> Any:
+    return value.replace("_", "-") if isinstance(value, str) else value
+
+
+Mode = Annotated[Literal["kv", "round-robin", "random"], BeforeValidator(_mode)]
+
+
+class RouterConfig(PendingRouterConfig):
+    """How a worker is chosen. Flags, environment variables and defaults are those of the Dynamo router.
+
+    Different from there: `mode` starts as kv, `block_size` is learned from the workers, `cost` names the formula.
+    """
+
+    mode: Mode = setting(
+        "kv", "Choose by cached prefix and load (kv), in turn (round-robin) or by chance (random)."
+    )
+    block_size: int | None = setting(
+        None,
+        "Tokens per KV block. None learns it from the workers; a number must equal the engines' "
+        "--block-size, else the router does not become ready and says so.",
+        ge=1,
+        le=65_536,
+        names=Names(legacy_flags=("--block-size",)),
+    )
+    cost: Literal["default", "dynamo"] = setting(
+        "default",
+        "Formula of mode kv. default counts tokens: queued prefill, new work (see new-work-weight) and lack of "
+        "KV memory. dynamo counts blocks, with the credits and weights below.",
+    )
+    new_work_weight: float = setting(
+        2.0,
+        "Cost default: how much a token that this request must prefill weighs above one already queued. "
+        "Higher follows the cache, lower the load.",
+        ge=0,
+        le=1000,
+    )
+    temperature: float = setting(
+        0.0,
+        "0 takes the cheapest worker. Above, a softmax over the costs spreads the choice.",
+        ge=0,
+        le=1000,
+    )
+    seed: int | None = setting(
+        None, "Seed of every random choice, for a repeatable run; none is random.", ge=0, lt=2**63
+    )
+    kv_events: bool = setting(
+        True,
+        "Follow the workers' KV events. Off, no worker is known to cache anything and load alone decides.",
+        names=Names(env=("DYN_ROUTER_USE_KV_EVENTS",), legacy_flags=("--kv-events",)),
+    )
+    load_aware: bool = setting(
+        False,
+        "Preset: decide by load alone. Sets kv-overlap-score-credit=0, kv-events=false, "
+        "assume-kv-reuse=false, track-active-blocks=true and track-prefill-tokens=true.",
+        names=Names(flag="--load-aware", env=("DYN_ROUTER_LOAD_AWARE",)),
+    )
+    kv_overlap_score_credit: float = setting(
+        1.0, "Cost dynamo: blocks taken off the prefill term per block cached on the device.", ge=0, le=1000
+    )
+    kv_overlap_score_credit_decay: float = setting(
+        0.0,
+        "Cost dynamo: how fast that credit falls as a worker's prefill load rises above the least loaded one's; "
+        "0 never, 1 halves it per request of this size.",
+        ge=0,
+        le=1000,
+    )
+    prefill_load_scale: float = setting(
+        1.0, "Cost dynamo: weight of the prefill term. Higher favours the first token.", ge=0, le=1000
+    )
+    decode_active_request_weight: float = setting(
+        0.0, "Cost dynamo: blocks added per request that is active on the worker.", ge=0, le=1_000_000
+    )
+    host_cache_hit_weight: float = setting(
+        0.75, "Worth of a block cached in host memory, against 1 for one on the device.", ge=0, le=1
+    )
+    disk_cache_hit_weight: float = setting(
+        0.25, "Worth of a block cached on disk or farther, against 1 for one on the device.", ge=0, le=1
+    )
+    track_active_blocks: bool = setting(
+        True,
+        "Count the blocks of running requests as load. Off suits prefill-only workers.",
+        names=Names(legacy_flags=("--track-active-blocks",)),
+    )
+    track_output_blocks: bool = setting(
+        False,
+        "Count the blocks that running requests generate, too.",
+        names=Names(legacy_flags=("--track-output-blocks",)),
+    )
+    track_prefill_tokens: bool = setting(
+        True,
+        "Count prompt tokens that wait for their first token as load. Off suits decode-only workers.",
+        names=Names(legacy_flags=("--track-prefill-tokens",)),
+    )
+    assume_kv_reuse: bool = setting(
+        True,
+        "Count a prefix that several running requests share once. Off where engines do not share blocks.",
+        names=Names(legacy_flags=("--assume-kv-reuse",)),
+    )
+    request_expiry_s: float = setting(
+        300.0,
+        "A booked request that nobody frees is forgotten after this many seconds.",
+        gt=0,
+        le=86_400,
+        names=Names(env=("DYN_ROUTER_ACTIVE_REQUEST_EXPIRY_SECS",)),
+    )
+    min_initial_workers: int = setting(
+        0, "Workers that must be ready before the router is.", ge=0, le=100_000
+    )
+
+    def contradictions(self) -> Iterator[Contradiction]:
+        """Check that the index is not both served and borrowed."""
+        if self.serve_indexer and self.use_remote_indexer:
+            yield Contradiction(
+                ("serve_indexer", "use_remote_indexer"),
+                "serve-indexer and use-remote-indexer exclude each other: keep one.",
+            )
