@@ -194,12 +194,13 @@ class EngineRequest:
 
     @property
     def streams(self) -> bool:
-        """Whether the answer is streamed: a remote-decode prefill leg is not.
+        """Whether the answer is streamed: a remote-decode prefill leg is not, nor is one with `prompt_logprobs`.
 
-        vLLM returns `kv_transfer_params` only with a non-streamed answer.
+        vLLM returns `kv_transfer_params` and `prompt_logprobs` only with a non-streamed answer.
         """
         params = self.kv_transfer_params
-        return not (isinstance(params, dict) and bool(params.get("do_remote_decode")))
+        remote_decode = isinstance(params, dict) and bool(params.get("do_remote_decode"))
+        return not remote_decode and self.params.get("prompt_logprobs") is None
 
 
 @dataclass(frozen=True, slots=True)
@@ -234,6 +235,7 @@ class EngineChunk:
     top_logprobs: Sequence[Sequence[TokenLogprob]] = ()  # one list per token
     usage: Usage | None = None
     kv_transfer_params: Json = None
+    prompt_logprobs: Json = None  # one entry per prompt token, as the engine gave them; non-streamed answers only
 
 
 @dataclass(frozen=True, slots=True)
