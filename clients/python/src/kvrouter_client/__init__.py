@@ -1,0 +1,81 @@
+"""Typed asyncio client of kvrouter-grpc."""
+
+from ._gen.common_pb2 import BlockMultimodalHashes
+from ._gen.router_pb2 import (
+    ChoiceList,
+    OutputOptions,
+    RouterConfigOverride,
+    RoutingHints,
+    SamplingOptions,
+    StopConditions,
+    StructuredOutput,
+)
+from .admin import KvRouterAdminClient
+from .client import KvRouterClient, Prompt
+from .errors import KvRouterError, Violation
+from .fleet import (
+    Fleet,
+    IndexStats,
+    Loads,
+    StreamState,
+    StreamStatus,
+    WorkerLoad,
+    WorkerRole,
+    WorkerSpec,
+    WorkerState,
+    WorkerStatus,
+)
+from .replies import (
+    Candidate,
+    FinishReason,
+    GenerateChunk,
+    Overlap,
+    OverlapScore,
+    OverlapScores,
+    RoutingData,
+    TargetLoad,
+    TokenLogprob,
+    Usage,
+    WorkerChoice,
+)
+from .reservation import Reservation
+from .stream import GenerateStream
+
+__all__ = [
+    "BlockMultimodalHashes",
+    "Candidate",
+    "ChoiceList",
+    "FinishReason",
+    "Fleet",
+    "GenerateChunk",
+    "GenerateStream",
+    "IndexStats",
+    "KvRouterAdminClient",
+    "KvRouterClient",
+    "KvRouterError",
+    "Loads",
+    "OutputOptions",
+    "Overlap",
+    "OverlapScore",
+    "OverlapScores",
+    "Prompt",
+    "Reservation",
+    "RouterConfigOverride",
+    "RoutingData",
+    "RoutingHints",
+    "SamplingOptions",
+    "StopConditions",
+    "StreamState",
+    "StreamStatus",
+    "StructuredOutput",
+    "TargetLoad",
+    "TokenLogprob",
+    "Usage",
+    "Violation",
+    "WorkerChoice",
+    "WorkerLoad",
+    "WorkerRole",
+    "WorkerSpec",
+    "WorkerState",
+    "WorkerStatus",
+]

@@ -1,0 +1,98 @@
+"""The administration of a router."""
+
+from types import TracebackType
+from typing import Self
+
+import grpc
+
+from ._gen import admin_pb2, admin_pb2_grpc
+from .channel import DEFAULT_TIMEOUT_S, open_channel
+from .client import put_seconds
+from .errors import rpc_errors
+from .fleet import Fleet, Loads, WorkerSpec
+
+
+class KvRouterAdminClient:
+    """Lists and changes the workers of one router. The service may have an address of its own.
+
+        async with KvRouterAdminClient("router:50051") as admin:
+            for worker in (await admin.list_workers()).workers:
+                print(worker.spec.name, worker.state)
+
+    Args:
+        address: gRPC target.
+        credentials: TLS credentials; None for plain text.
+        timeout_s: Deadline of a call, retries included.
+    """
+
+    def __init__(
+        self,
+        address: str,
+        *,
+        credentials: grpc.ChannelCredentials | None = None,
+        timeout_s: float = DEFAULT_TIMEOUT_S,
+    ) -> None:
+        self._channel = open_channel(address, credentials)
+        self._stub: admin_pb2_grpc.KvRouterAdminAsyncStub = admin_pb2_grpc.KvRouterAdminStub(self._channel)
+        self._timeout_s = timeout_s
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.aclose()
+
+    async def aclose(self) -> None:
+        """Close the connection; calls that are still open are cancelled."""
+        await self._channel.close()
+
+    async def list_workers(self, endpoint: str = "") -> Fleet:
+        """Every worker (of one endpoint) with its health and the state of its event streams.
+
+        Raises:
+            KvRouterError: The call failed, as in every method here.
+        """
+        request = admin_pb2.ListWorkersRequest(endpoint=endpoint)
+        with rpc_errors():
+            return Fleet.from_proto(await self._stub.ListWorkers(request, timeout=self._timeout_s))
+
+    async def register_worker(self, spec: WorkerSpec, *, ttl_s: float | None = None) -> int:
+        """Add a worker, or replace the registration of that name; returns its id.
+
+        Args:
+            spec: The worker.
+            ttl_s: Seconds after which it goes unless it is renewed, 1 to 86400; it stays when None.
+        """
+        request = admin_pb2.RegisterWorkerRequest(spec=spec.to_proto())
+        if ttl_s is not None:
+            put_seconds(request.ttl, ttl_s)
+        with rpc_errors():
+            return (await self._stub.RegisterWorker(request, timeout=self._timeout_s)).worker_id
+
+    async def renew_worker(self, name: str) -> float:
+        """Extend a registration; returns the seconds until it expires."""
+        request = admin_pb2.RenewWorkerRequest(name=name)
+        with rpc_errors():
+            reply = await self._stub.RenewWorker(request, timeout=self._timeout_s)
+        return reply.ttl.ToTimedelta().total_seconds()
+
+    async def deregister_worker(self, name: str) -> None:
+        """Remove a worker at once. Its streams go on; its cache is forgotten."""
+        with rpc_errors():
+            await self._stub.DeregisterWorker(
+                admin_pb2.DeregisterWorkerRequest(name=name), timeout=self._timeout_s
+            )
+
+    async def drain_worker(self, name: str, *, undo: bool = False) -> int:
+        """Give a worker nothing new (or, with `undo`, take that back); returns the requests it still has."""
+        request = admin_pb2.DrainWorkerRequest(name=name, undo=undo)
+        with rpc_errors():
+            return (await self._stub.DrainWorker(request, timeout=self._timeout_s)).active_requests
+
+    async def get_loads(self, endpoint: str = "") -> Loads:
+        """The work booked on every target, and what the index costs."""
+        request = admin_pb2.GetLoadsRequest(endpoint=endpoint)
+        with rpc_errors():
+            return Loads.from_proto(await self._stub.GetLoads(request, timeout=self._timeout_s))

@@ -1,0 +1,270 @@
+"""What a router says of its workers: frozen values, one per message of `proto/kvrouter/v1/admin.proto`."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+
+from ._gen import admin_pb2, common_pb2
+from .replies import TargetLoad
+
+
+class WorkerRole(StrEnum):
+    """What a worker is for in disaggregated serving; `BOTH` is an ordinary worker."""
+
+    BOTH = "both"
+    PREFILL = "prefill"
+    DECODE = "decode"
+
+
+class WorkerState(StrEnum):
+    """Whether a worker may be picked."""
+
+    STARTING = "starting"
+    READY = "ready"
+    UNHEALTHY = "unhealthy"
+    MISCONFIGURED = "misconfigured"
+    DRAINING = "draining"
+    UNKNOWN = "unknown"  # a state that this version of the client does not know
+
+
+class StreamState(StrEnum):
+    """How true the router's picture of one rank's KV cache is."""
+
+    COLD = "cold"
+    SYNCING = "syncing"
+    LIVE = "live"
+    STALE = "stale"
+    OFF = "off"
+    UNKNOWN = "unknown"  # a state that this version of the client does not know
+
+
+_ROLES: Mapping[WorkerRole, common_pb2.WorkerRole.ValueType] = {
+    WorkerRole.BOTH: common_pb2.WORKER_ROLE_BOTH,
+    WorkerRole.PREFILL: common_pb2.WORKER_ROLE_PREFILL,
+    WorkerRole.DECODE: common_pb2.WORKER_ROLE_DECODE,
+}
+_ROLE_OF: Mapping[int, WorkerRole] = {value: role for role, value in _ROLES.items()}
+_WORKER_STATES: Mapping[int, WorkerState] = {
+    common_pb2.WORKER_STATE_STARTING: WorkerState.STARTING,
+    common_pb2.WORKER_STATE_READY: WorkerState.READY,
+    common_pb2.WORKER_STATE_UNHEALTHY: WorkerState.UNHEALTHY,
+    common_pb2.WORKER_STATE_MISCONFIGURED: WorkerState.MISCONFIGURED,
+    common_pb2.WORKER_STATE_DRAINING: WorkerState.DRAINING,
+}
+_STREAM_STATES: Mapping[int, StreamState] = {
+    common_pb2.STREAM_STATE_COLD: StreamState.COLD,
+    common_pb2.STREAM_STATE_SYNCING: StreamState.SYNCING,
+    common_pb2.STREAM_STATE_LIVE: StreamState.LIVE,
+    common_pb2.STREAM_STATE_STALE: StreamState.STALE,
+    common_pb2.STREAM_STATE_OFF: StreamState.OFF,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerSpec:
+    """A worker. Fields left at their default are asked of the worker itself."""
+
+    url: str  # http://host:port of its OpenAI surface
+    name: str = ""  # host:port of the url when empty
+    endpoint: str = ""  # namespace.component.endpoint; may be left out when the router serves one
+    models: tuple[str, ...] = ()
+    events: str = ""  # tcp://host:port of rank 0's PUB socket; rank r is at port + r
+    replay: str = ""  # tcp://host:port of rank 0's replay socket; rank r is at port + r
+    topic: str = ""
+    kv_events: bool | None = None  # False when it publishes none
+    dp_size: int | None = None
+    block_size: int | None = None
+    role: WorkerRole = WorkerRole.BOTH
+    taints: tuple[str, ...] = ()
+    total_kv_blocks: int | None = None  # per rank
+    max_num_batched_tokens: int | None = None
+
+    def to_proto(self) -> admin_pb2.WorkerSpec:
+        """Convert."""
+        return admin_pb2.WorkerSpec(
+            name=self.name,
+            url=self.url,
+            endpoint=self.endpoint,
+            models=self.models,
+            events=self.events,
+            replay=self.replay,
+            topic=self.topic,
+            kv_events=self.kv_events,
+            dp_size=self.dp_size,
+            block_size=self.block_size,
+            role=_ROLES[self.role],
+            taints=self.taints,
+            total_kv_blocks=self.total_kv_blocks,
+            max_num_batched_tokens=self.max_num_batched_tokens,
+        )
+
+    @classmethod
+    def from_proto(cls, message: admin_pb2.WorkerSpec) -> "WorkerSpec":
+        """Convert."""
+        return cls(
+            url=message.url,
+            name=message.name,
+            endpoint=message.endpoint,
+            models=tuple(message.models),
+            events=message.events,
+            replay=message.replay,
+            topic=message.topic,
+            kv_events=message.kv_events if message.HasField("kv_events") else None,
+            dp_size=message.dp_size if message.HasField("dp_size") else None,
+            block_size=message.block_size if message.HasField("block_size") else None,
+            role=_ROLE_OF.get(message.role, WorkerRole.BOTH),
+            taints=tuple(message.taints),
+            total_kv_blocks=message.total_kv_blocks if message.HasField("total_kv_blocks") else None,
+            max_num_batched_tokens=(
+                message.max_num_batched_tokens if message.HasField("max_num_batched_tokens") else None
+            ),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class StreamStatus:
+    """The state of one rank's event stream."""
+
+    dp_rank: int
+    state: StreamState
+    last_seq: int | None
+    batches: int
+    gaps: int
+    missed: int
+    replays: int
+    restarts: int
+    decode_failures: int
+    skipped_events: int
+    partial: bool  # blocks cached before the first event seen are unknown
+    last_event_age_s: float | None
+    blocks: int
+    orphans: int
+    freshness: float  # 0 to 1
+    detail: str  # what is wrong, when something is
+
+    @classmethod
+    def from_proto(cls, message: admin_pb2.StreamStatus) -> "StreamStatus":
+        """Convert."""
+        heard = message.HasField("last_event_age")
+        return cls(
+            dp_rank=message.dp_rank,
+            state=_STREAM_STATES.get(message.state, StreamState.UNKNOWN),
+            last_seq=message.last_seq if message.HasField("last_seq") else None,
+            batches=message.batches,
+            gaps=message.gaps,
+            missed=message.missed,
+            replays=message.replays,
+            restarts=message.restarts,
+            decode_failures=message.decode_failures,
+            skipped_events=message.skipped_events,
+            partial=message.partial,
+            last_event_age_s=message.last_event_age.ToTimedelta().total_seconds() if heard else None,
+            blocks=message.blocks,
+            orphans=message.orphans,
+            freshness=message.freshness,
+            detail=message.detail,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerStatus:
+    """A worker and its state."""
+
+    worker_id: int
+    spec: WorkerSpec  # its configuration, completed by what it said itself
+    state: WorkerState
+    reason: str  # why it may not be picked, and what to change
+    streams: tuple[StreamStatus, ...]  # one per rank
+    registration_ttl_s: float | None  # None for configured workers
+    engine_version: str
+    loras: tuple[str, ...]
+    max_model_len: int | None
+
+    @classmethod
+    def from_proto(cls, message: admin_pb2.WorkerStatus) -> "WorkerStatus":
+        """Convert."""
+        leased = message.HasField("registration_ttl")
+        return cls(
+            worker_id=message.worker_id,
+            spec=WorkerSpec.from_proto(message.spec),
+            state=_WORKER_STATES.get(message.state, WorkerState.UNKNOWN),
+            reason=message.reason,
+            streams=tuple(StreamStatus.from_proto(each) for each in message.streams),
+            registration_ttl_s=message.registration_ttl.ToTimedelta().total_seconds() if leased else None,
+            engine_version=message.engine_version,
+            loras=tuple(message.loras),
+            max_model_len=message.max_model_len if message.HasField("max_model_len") else None,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Fleet:
+    """Every worker, and whether the router takes requests."""
+
+    workers: tuple[WorkerStatus, ...]  # sorted by endpoint and name
+    ready: bool
+    findings: tuple[str, ...]  # what keeps it from being ready or deserves attention
+
+    @classmethod
+    def from_proto(cls, message: admin_pb2.ListWorkersResponse) -> "Fleet":
+        """Convert."""
+        workers = tuple(WorkerStatus.from_proto(each) for each in message.workers)
+        return cls(workers, message.ready, tuple(message.findings))
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerLoad:
+    """Work booked on one target, and the cache it has for it."""
+
+    worker_id: int
+    dp_rank: int
+    worker_name: str
+    endpoint: str
+    load: TargetLoad
+    cached_blocks: int
+    total_blocks: int | None  # None when not known
+
+    @classmethod
+    def from_proto(cls, message: admin_pb2.WorkerLoad) -> "WorkerLoad":
+        """Convert."""
+        return cls(
+            worker_id=message.worker_id,
+            dp_rank=message.dp_rank,
+            worker_name=message.worker_name,
+            endpoint=message.endpoint,
+            load=TargetLoad(message.active_requests, message.queued_prefill_tokens, message.active_blocks),
+            cached_blocks=message.cached_blocks,
+            total_blocks=message.total_blocks if message.HasField("total_blocks") else None,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class IndexStats:
+    """What an endpoint's index costs."""
+
+    endpoint: str
+    block_size: int  # tokens per block; 0 while not known
+    blocks: int  # (target, block) pairs held
+    edges: int
+    bytes: int
+
+    @classmethod
+    def from_proto(cls, message: admin_pb2.IndexStats) -> "IndexStats":
+        """Convert."""
+        return cls(message.endpoint, message.block_size, message.blocks, message.edges, message.bytes)
+
+
+@dataclass(frozen=True, slots=True)
+class Loads:
+    """Loads, sorted by endpoint, name and rank, and one index per endpoint."""
+
+    loads: tuple[WorkerLoad, ...]
+    indexes: tuple[IndexStats, ...]
+
+    @classmethod
+    def from_proto(cls, message: admin_pb2.GetLoadsResponse) -> "Loads":
+        """Convert."""
+        return cls(
+            tuple(WorkerLoad.from_proto(each) for each in message.loads),
+            tuple(IndexStats.from_proto(each) for each in message.indexes),
+        )
