@@ -1,0 +1,167 @@
+"""What a vLLM server says of itself, read out of its probe answers; pure."""
+
+import re
+from typing import NamedTuple, TypeVar
+
+import msgspec
+
+from kvrouter_grpc.upstream.chunk import MalformedAnswerError
+from kvrouter_grpc.upstream.metrics_text import samples
+
+_T = TypeVar("_T")
+
+CACHE_CONFIG = "vllm:cache_config_info"
+START_TIME = "process_start_time_seconds"
+_ZMQ_TCP = re.compile(r"tcp://(?P<host>\*|\[[0-9a-fA-F:.%]+\]|[A-Za-z0-9_.-]+|::):(?P<port>\d{1,5})")
+_ANY_ADDRESS = frozenset({"*", "0.0.0.0", "::", "[::]"})
+_MAX_PORT = 65535
+
+
+class ServedModels(NamedTuple):
+    """`GET /v1/models`."""
+
+    models: tuple[str, ...]  # base model names
+    loras: tuple[str, ...]
+    max_model_len: int | None
+
+
+class CacheConfig(NamedTuple):
+    """What `GET /metrics` tells of the server; `engines` counts its data-parallel ranks."""
+
+    block_size: int | None
+    blocks_per_engine: int | None
+    engines: int
+    process_start_time: float | None
+
+
+class EventSources(NamedTuple):
+    """`GET /kv_event_sources`: where the lowest rank publishes, as seen from here; how many ranks do."""
+
+    enabled: bool
+    events: str | None = None
+    replay: str | None = None
+    topic: str = ""
+    ranks: int = 0
+
+
+class _Model(msgspec.Struct):
+    id: str
+    parent: str | None = None
+    max_model_len: int | None = None
+
+
+class _Models(msgspec.Struct):
+    data: list[_Model]
+
+
+class _EventSource(msgspec.Struct):
+    enable_kv_cache_events: bool = False
+    publisher: str | None = None
+    endpoint: str | None = None
+    replay_endpoint: str | None = None
+    topic: str | None = None
+
+
+class _Version(msgspec.Struct):
+    version: str
+
+
+_models = msgspec.json.Decoder(_Models)
+_event_sources = msgspec.json.Decoder(dict[str, _EventSource])
+_version = msgspec.json.Decoder(_Version)
+
+
+def served_models(body: bytes) -> ServedModels:
+    """Read the model list; an entry with a parent is a LoRA adapter.
+
+    Raises:
+        MalformedAnswerError: It is not a model list, or it is empty.
+    """
+    listed = _decoded(_models, body).data
+    base = [model for model in listed if model.parent is None]
+    if not base:
+        raise MalformedAnswerError
+    return ServedModels(
+        tuple(model.id for model in base),
+        tuple(model.id for model in listed if model.parent is not None),
+        base[0].max_model_len,
+    )
+
+
+def cache_config(page: bytes) -> CacheConfig:
+    """Read the KV cache's shape out of a metrics page; what it does not tell is None, `engines` at least 1.
+
+    Engines of unequal size count as the smallest, so that the memory of none is overrated.
+    """
+    engines: set[str] = set()
+    block_sizes: set[int] = set()
+    blocks: set[int] = set()
+    start_time = None
+    for sample in samples(page, (CACHE_CONFIG, START_TIME)):
+        if sample.name == START_TIME:
+            start_time = sample.value
+            continue
+        engines.add(sample.labels.get("engine", ""))
+        block_sizes |= _positive(sample.labels.get("block_size"))
+        blocks |= _positive(sample.labels.get("num_gpu_blocks"))
+    return CacheConfig(
+        min(block_sizes, default=None), min(blocks, default=None), max(1, len(engines)), start_time
+    )
+
+
+def event_sources(body: bytes, host: str) -> EventSources:
+    """Read where a server publishes its KV events.
+
+    Args:
+        body: Data-parallel rank to publisher settings, a JSON object.
+        host: The server's host as the router reaches it: an engine that binds all addresses names none.
+
+    Raises:
+        MalformedAnswerError: It is not such an object.
+    """
+    sources = {rank: source for rank, source in _decoded(_event_sources, body).items() if rank.isdecimal()}
+    if not sources:
+        return EventSources(enabled=False)
+    lowest = sources[min(sources, key=lambda rank: (len(rank), rank))]
+    # Only the zmq publisher can be subscribed to.
+    if not lowest.enable_kv_cache_events or lowest.publisher not in {None, "zmq"}:
+        return EventSources(enabled=False, ranks=len(sources))
+    return EventSources(
+        enabled=True,
+        events=_reachable(lowest.endpoint, host),
+        replay=_reachable(lowest.replay_endpoint, host),
+        topic=lowest.topic or "",
+        ranks=len(sources),
+    )
+
+
+def server_version(body: bytes) -> str:
+    """Read `GET /version`.
+
+    Raises:
+        MalformedAnswerError: It is not that.
+    """
+    return _decoded(_version, body).version
+
+
+def _reachable(endpoint: str | None, host: str) -> str | None:
+    """Turn the address that an engine bound into one to connect to; None for what is not TCP."""
+    match = _ZMQ_TCP.fullmatch(endpoint or "")
+    if match is None or not 0 < int(match["port"]) <= _MAX_PORT:
+        return None
+    if match["host"] not in _ANY_ADDRESS:
+        return endpoint
+    return f"tcp://[{host}]:{match['port']}" if ":" in host else f"tcp://{host}:{match['port']}"
+
+
+def _positive(text: str | None) -> set[int]:
+    """The number, as a set that is empty where an engine writes `None`."""
+    digits = text is not None and text.isascii() and text.isdecimal() and len(text) < len(str(2**63))
+    return {int(text or 0)} - {0} if digits else set()
+
+
+def _decoded(decoder: msgspec.json.Decoder[_T], body: bytes) -> _T:
+    try:
+        return decoder.decode(body)
+    except (ValueError, RecursionError) as error:  # ValueError: msgspec's own errors and UnicodeDecodeError
+        raise MalformedAnswerError from error

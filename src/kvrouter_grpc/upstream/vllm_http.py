@@ -1,0 +1,203 @@
+"""Client of one vLLM server over HTTP: the completions API with token ids in and out, and the probes."""
+
+import asyncio
+import io
+from collections.abc import AsyncGenerator, Callable, Iterator
+from contextlib import contextmanager, suppress
+from typing import TypeVar
+
+import aiohttp
+import yarl
+
+from kvrouter_grpc.config import UpstreamConfig
+from kvrouter_grpc.errors import RouterError, UpstreamError
+from kvrouter_grpc.types import EngineChunk, EngineRequest, WorkerFacts
+from kvrouter_grpc.upstream.answer import Answer, StreamedAnswer, WholeAnswer
+from kvrouter_grpc.upstream.chunk import MalformedAnswerError, decode_completion
+from kvrouter_grpc.upstream.facts import cache_config, event_sources, served_models, server_version
+from kvrouter_grpc.upstream.failure import engine_error, lost, malformed, timed_out, unexpected_status
+from kvrouter_grpc.upstream.request import request_body, request_headers
+
+_T = TypeVar("_T")
+
+_OK = 200
+_MAX_REFUSAL_BYTES = 64 * 1024
+_MAX_PROBE_BYTES = 16 * 1024 * 1024  # a metrics page with the histograms of many engines
+_FACTS_TIMEOUT_S = 5.0  # per question; a server under load builds its metrics page slowly
+_LAST_BYTES_TIMEOUT_S = 0.2  # `[DONE]` and the end of the body leave the server together
+
+
+class VllmHttpClient:
+    """Client of one worker.
+
+    Args:
+        url: http://host:port of the server, without a trailing slash.
+        session: Made by `engine_session`, shared by the clients of all workers, closed by its owner.
+        config: Timeouts and limits.
+    """
+
+    def __init__(self, url: str, session: aiohttp.ClientSession, config: UpstreamConfig) -> None:
+        self._worker = url
+        self._url = yarl.URL(url)
+        self._completions = self._url / "v1/completions"
+        self._session = session
+        self._config = config
+        # Only connecting is limited here; everything else is limited step by step, since a long answer is no
+        # fault.
+        self._timeout = aiohttp.ClientTimeout(total=None, connect=config.connect_timeout_s)
+
+    async def generate(
+        self, request: EngineRequest, dp_rank: int | None
+    ) -> AsyncGenerator[list[EngineChunk], None]:
+        """Send a request and yield its answer; chunks that arrived together are handed on together.
+
+        Close the generator (`contextlib.aclosing`) or cancel its task to abort: the connection is closed at
+        once, which makes the engine drop the request. A connection is used again only after a complete
+        answer.
+
+        Args:
+            request: What to send.
+            dp_rank: Data-parallel rank that shall serve it, None to let the server choose.
+
+        Raises:
+            InvalidRequestError: `request` holds what JSON cannot carry.
+            EngineRejectedError: The engine read the request and refused it.
+            UpstreamUnavailableError: The engine could not be reached, or failed before the first chunk.
+            UpstreamTimeoutError: No connection, no first chunk or no next chunk within its time.
+            StreamInterruptedError: The engine failed after chunks had been yielded.
+            UpstreamError: What is behind the URL does not speak vLLM's API.
+        """
+        config, loop = self._config, asyncio.get_running_loop()
+        kind = StreamedAnswer if request.streams else WholeAnswer
+        answer: Answer = kind(self._worker, config.max_response_bytes)
+        limit_s = config.first_token_timeout_s
+        deadline = loop.time() + limit_s
+        body = io.BytesIO(request_body(request))  # a buffer is sent in slices, bytes all at once
+        headers = request_headers(request, dp_rank)
+        with self._judged("answer", limit_s):
+            async with asyncio.timeout_at(deadline):
+                response = await self._session.post(
+                    self._completions,
+                    data=body,
+                    headers=headers,
+                    timeout=self._timeout,
+                    allow_redirects=False,
+                )
+        try:
+            if response.status != _OK:
+                raise await self._refusal(response, deadline)
+            while not answer.done:
+                with self._judged("token", limit_s, started=answer.started):
+                    async with asyncio.timeout_at(deadline):
+                        data = await response.content.readany()
+                chunks = answer.feed(data) if data else answer.end()
+                if chunks:
+                    yield chunks
+                    limit_s = config.inter_token_timeout_s
+                    # From here on: the time that the caller took for the chunks is not the engine's silence.
+                    deadline = loop.time() + limit_s
+                if answer.failure:
+                    raise answer.failure
+            # Read past `[DONE]` to the end of the body, which gives the connection back to the session.
+            with suppress(TimeoutError, aiohttp.ClientError, OSError):
+                async with asyncio.timeout(_LAST_BYTES_TIMEOUT_S):
+                    await response.content.readany()
+        finally:
+            response.close()  # without effect on a connection that was given back
+
+    async def facts(self) -> WorkerFacts:
+        """Ask the server what it is. The model list must be there; older versions do not tell all else.
+
+        Raises:
+            UpstreamUnavailableError: The server could not be reached, or is busy or failing.
+            UpstreamTimeoutError: It did not answer in time.
+            UpstreamError: What is behind the URL does not speak vLLM's API.
+        """
+        status, body = await self._get("v1/models", _FACTS_TIMEOUT_S)
+        if status != _OK:
+            raise unexpected_status(self._worker, status)
+        try:
+            served = served_models(body)
+        except MalformedAnswerError as error:
+            raise malformed(self._worker, started=False) from error
+        host = self._url.host or ""
+        cache = await self._told("metrics", cache_config)
+        sources = await self._told("kv_event_sources", lambda answer: event_sources(answer, host))
+        return WorkerFacts(
+            models=served.models,
+            loras=served.loras,
+            max_model_len=served.max_model_len,
+            block_size=cache and cache.block_size,
+            total_kv_blocks=cache and cache.blocks_per_engine,
+            dp_size=max(cache.engines if cache else 1, sources.ranks if sources else 1),
+            events=sources and sources.events,
+            replay=sources and sources.replay,
+            topic=sources.topic if sources else "",
+            kv_events=sources and sources.enabled,
+            process_start_time=cache and cache.process_start_time,
+            version=await self._told("version", server_version),
+        )
+
+    async def healthy(self) -> bool:
+        """Whether `GET /health` says so within `health_timeout_s`; False on any failure."""
+        try:
+            status, _ = await self._get("health", self._config.health_timeout_s)
+        except UpstreamError:
+            return False
+        return status == _OK
+
+    async def start_time(self) -> float | None:
+        """When the server process started, seconds since the epoch; None if it does not tell."""
+        try:
+            cache = await self._told("metrics", cache_config)
+        except UpstreamError:
+            return None
+        return cache and cache.process_start_time
+
+    async def _told(self, path: str, read: Callable[[bytes], _T]) -> _T | None:
+        """Ask a question that older versions do not know; None is "cannot tell"."""
+        status, body = await self._get(path, _FACTS_TIMEOUT_S)
+        if status != _OK:
+            return None
+        try:
+            return read(body)
+        except MalformedAnswerError:
+            return None
+
+    async def _get(self, path: str, limit_s: float) -> tuple[int, bytes]:
+        """Give the status and the body of a probe; a body over the limit is cut."""
+        with self._judged("answer to a probe", limit_s):
+            async with (
+                asyncio.timeout(limit_s),
+                self._session.get(self._url / path, timeout=self._timeout, allow_redirects=False) as response,
+            ):
+                return response.status, await _body(response, _MAX_PROBE_BYTES)
+
+    async def _refusal(self, response: aiohttp.ClientResponse, deadline: float) -> RouterError:
+        """Judge an answer whose status is not 200; the status counts even if its body does not arrive."""
+        error = None
+        with suppress(TimeoutError, aiohttp.ClientError, OSError, MalformedAnswerError):
+            async with asyncio.timeout_at(deadline):
+                error = decode_completion(await _body(response, _MAX_REFUSAL_BYTES)).error
+        return engine_error(self._worker, response.status, error, started=False)
+
+    @contextmanager
+    def _judged(self, waited_for: str, limit_s: float, *, started: bool = False) -> Iterator[None]:
+        """Turn the faults of a connection into errors of the router."""
+        try:
+            yield
+        except aiohttp.ConnectionTimeoutError as error:
+            connect_s = self._config.connect_timeout_s
+            raise timed_out(self._worker, "connection", connect_s, started=False) from error
+        except TimeoutError as error:
+            raise timed_out(self._worker, waited_for, limit_s, started=started) from error
+        except (aiohttp.ClientError, OSError) as error:
+            raise lost(self._worker, started=started) from error
+
+
+async def _body(response: aiohttp.ClientResponse, limit: int) -> bytes:
+    """Read the body, or its first bytes where it is longer than `limit`."""
+    body = bytearray()
+    while len(body) < limit and (data := await response.content.readany()):
+        body += data
+    return bytes(body)
