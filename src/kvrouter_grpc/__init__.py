@@ -1,5 +1,3 @@
 """KV-cache-aware gRPC router for plain vLLM fleets."""
 
-from importlib.metadata import version
-
-__version__ = version("kvrouter-grpc")
+__version__ = "0.1.0"

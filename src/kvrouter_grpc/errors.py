@@ -73,6 +73,12 @@ class UnknownWorkerError(RouterError):
     reason = "UNKNOWN_WORKER"
 
 
+class ConfiguredWorkerError(RouterError):
+    """A worker of that name stands in the router's own configuration, which registrations do not change."""
+
+    reason = "CONFIGURED_WORKER"
+
+
 class UnknownModelError(RouterError):
     """No worker of the endpoint serves the model or LoRA adapter that was named."""
 

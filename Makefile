@@ -1,0 +1,69 @@
+# Everything a developer or a new user runs. `make help` lists it.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+CORE := $(wildcard src/kvrouter_grpc/core/*.pyx src/kvrouter_grpc/core/*.pxd src/kvrouter_grpc/core/vendor/*.h)
+BUILD := pyproject.toml setup.py $(CORE)
+
+.DEFAULT_GOAL := help
+.PHONY: help build dev demo test test-vllm vllm-env lint format proto proto-check config-docs clean
+
+help: ## This list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  \033[1m%-12s\033[0m %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+build: $(VENV)/.built ## The router and its compiled core, into .venv
+dev: $(VENV)/.dev ## The same with everything tests and checks need
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.built: $(BUILD) | $(VENV)/bin/python
+	@echo "building the router (about a minute the first time)"
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable .
+	@touch $@
+
+$(VENV)/.dev: $(BUILD) clients/python/pyproject.toml | $(VENV)/bin/python
+	@echo "building the router and installing the development tools (about two minutes the first time)"
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[dev]' --editable clients/python
+	@touch $@ $(VENV)/.built
+
+demo: $(VENV)/.built ## Router, four mock workers, real decisions and streams; ends by itself
+	$(BIN)/kvrouter demo
+
+test: $(VENV)/.dev ## The whole suite without real engines
+	$(BIN)/pytest -m "not vllm" $(ARGS)
+
+vllm-env: ## Real vLLM engines for the CPU, in environments of their own under .cache
+	$(PYTHON) tools/vllm_env.py
+
+test-vllm: $(VENV)/.dev vllm-env ## The suite against real vLLM engines on the CPU
+	$(BIN)/pytest -m vllm tests/e2e $(ARGS)
+
+lint: $(VENV)/.dev ## Style, types, import directions, contract, generated files
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/mypy -p kvrouter_client
+	$(BIN)/lint-imports
+	$(MAKE) --no-print-directory proto-check
+	$(BIN)/python tools/gen_config_docs.py --check
+
+format: $(VENV)/.dev ## Apply the formatter and what the linter can mend
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+proto: $(VENV)/.dev ## Generate the stubs from proto/
+	$(BIN)/python tools/gen_proto.py
+
+proto-check: $(VENV)/.dev ## Lint the contract, compare it with the released one, compare the stubs
+	$(BIN)/buf lint proto
+	$(BIN)/buf breaking proto --against proto/released.binpb
+	$(BIN)/python tools/gen_proto.py --check
+
+config-docs: $(VENV)/.dev ## Generate the tables of docs/configuration.md
+	$(BIN)/python tools/gen_config_docs.py
+
+clean: ## Remove what was built, environments included
+	rm -rf $(VENV) .cache build dist src/kvrouter_grpc/core/*.so src/kvrouter_grpc/core/*.c
+	find . -name __pycache__ -prune -exec rm -rf {} +

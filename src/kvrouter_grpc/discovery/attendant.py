@@ -1,0 +1,194 @@
+"""One worker's life: ask what it is, follow its events, watch its health, until it is taken away."""
+
+import asyncio
+import random
+from collections.abc import Callable
+from urllib.parse import urlsplit, urlunsplit
+
+import structlog
+import zmq.asyncio
+
+from kvrouter_grpc.config import EventsConfig, UpstreamConfig
+from kvrouter_grpc.errors import RouterError
+from kvrouter_grpc.events.subscriber import EventSource, Subscriber
+from kvrouter_grpc.routing.router import Router
+from kvrouter_grpc.routing.workers import Worker, complete
+from kvrouter_grpc.types import StreamState, Target, WorkerState
+from kvrouter_grpc.upstream.vllm_http import Health, VllmHttpClient
+
+SLOW_CHECKS = 3
+"""Unanswered health checks in a row before a worker counts as down. A busy engine answers late; a refused or reset
+connection, by contrast, is certain and counts at once."""
+
+log = structlog.get_logger(__name__)
+
+
+class _Changed(Exception):  # noqa: N818 - no error: it ends one generation of subscribers
+    """The worker came back as something else."""
+
+
+class Attendant:
+    """Attends one worker of one endpoint. `run()` lasts until it is cancelled."""
+
+    def __init__(
+        self,
+        worker: Worker,
+        router: Router,
+        client: VllmHttpClient,
+        *,
+        events: EventsConfig,
+        upstream: UpstreamConfig,
+        context: zmq.asyncio.Context,
+        rng: random.Random,
+    ) -> None:
+        self.worker = worker
+        self.router = router
+        self.client = client
+        self.given = worker.spec  # before the worker completed it
+        self._events = events
+        self._upstream = upstream
+        self._context = context
+        self._rng = rng
+        self._subscribers: dict[Target, Subscriber] = {}
+        self._look = asyncio.Event()
+        self._log = log.bind(worker=worker.spec.name, endpoint=router.endpoint)
+
+    def look(self) -> None:
+        """Check the worker's health now rather than at the next interval."""
+        self._look.set()
+
+    async def run(self) -> None:
+        """Attend the worker, through its restarts, until cancelled."""
+        while True:
+            await self._introduce()
+            targets = self.worker.targets
+            self.router.add_targets(targets)
+            try:
+                async with asyncio.TaskGroup() as group:
+                    for target in targets:
+                        self._follow(group, target)
+                    group.create_task(self._watch(), name=f"health {self.worker.spec.name}")
+            except* _Changed:
+                self._log.warning("worker changed", detail="it came back with another configuration; starting over")
+            finally:
+                self._subscribers.clear()
+                # Whoever takes a worker away forgets its targets at once; a successor may have the same ids by now.
+                if self.router.workers.get(self.worker.worker_id) is self.worker:
+                    self.router.remove_targets(targets)
+
+    # --- what it is -----------------------------------------------------------------------------------------------
+
+    async def _introduce(self) -> None:
+        """Ask the worker what it is until it answers."""
+        registry, worker = self.router.workers, self.worker
+        while True:
+            try:
+                facts = await self.client.facts()
+                break
+            except RouterError as error:
+                registry.set_health(worker, WorkerState.UNHEALTHY, error.message)
+            await self._pause()
+        registry.introduced(worker, complete(self.given, facts), facts)
+        if worker.spec.block_size:
+            self.router.check_block_size(worker, worker.spec.block_size, "as it reports or as configured")
+        if self.given.block_size and facts.block_size and self.given.block_size != facts.block_size:
+            registry.set_fault(
+                worker,
+                "configured_block_size",
+                f"{worker.spec.name} is configured with block size {self.given.block_size} but reports "
+                f"{facts.block_size}: correct or remove block-size in its entry",
+            )
+        else:
+            registry.set_fault(worker, "configured_block_size", None)
+        registry.set_health(worker, WorkerState.READY)
+        self._log.info(
+            "worker ready",
+            url=worker.spec.url,
+            version=facts.version,
+            models=worker.spec.models,
+            ranks=worker.dp_size,
+            block_size=worker.spec.block_size,
+            events=worker.spec.events,
+        )
+
+    # --- what it holds --------------------------------------------------------------------------------------------
+
+    def _follow(self, group: asyncio.TaskGroup, target: Target) -> None:
+        """Subscribe to one rank's events, or say why not."""
+        spec, facts, stream = self.worker.spec, self.worker.facts, self.router.index.stream(target)
+        if not spec.kv_events:
+            stream.state = StreamState.OFF
+            return
+        if spec.events is None:
+            stream.state = StreamState.OFF
+            told = facts is not None and facts.kv_events is False
+            stream.detail = (
+                f"{spec.name} publishes no KV events: start it with --kv-events-config"
+                if told
+                else f"{spec.name} does not say where its KV events are: give events=tcp://host:port in its entry"
+            )
+            self._log.warning("no KV events", dp_rank=target.dp_rank, detail=stream.detail)
+            return
+        source = EventSource(
+            at_rank(spec.events, target.dp_rank),
+            at_rank(spec.replay, target.dp_rank) if spec.replay else None,
+            spec.topic,
+        )
+        subscriber = Subscriber(
+            target, source, self.router.index, self._events, self._context, on_disconnect=self.look, rng=self._rng
+        )
+        self._subscribers[target] = subscriber
+        group.create_task(subscriber.run(), name=f"events {spec.name}/{target.dp_rank}")
+
+    # --- how it is ------------------------------------------------------------------------------------------------
+
+    async def _watch(self) -> None:
+        """Keep the worker's health true."""
+        slow = 0
+        while True:
+            await self._pause()
+            health = await self.client.health()
+            slow = slow + 1 if health is Health.SLOW else 0
+            if health is Health.GOOD:
+                if self.worker.health is WorkerState.UNHEALTHY:
+                    await self._returned()
+            elif health is not Health.SLOW or slow >= SLOW_CHECKS:
+                if self.worker.health is WorkerState.READY:
+                    self._log.warning("worker down", health=health.value)
+                self.router.workers.set_health(self.worker, WorkerState.UNHEALTHY, f"health check: {health.value}")
+
+    async def _returned(self) -> None:
+        """The worker answers again: find out whether it is the same process."""
+        try:
+            facts = await self.client.facts()
+        except RouterError:
+            return  # not yet: the next check tries again
+        before, spec = self.worker.facts, complete(self.given, facts)
+        if spec != self.worker.spec:
+            raise _Changed
+        if before is None or facts.process_start_time != before.process_start_time:
+            for subscriber in self._subscribers.values():
+                subscriber.notify_restarted()
+        self._log.info("worker back")
+        self.router.workers.introduced(self.worker, spec, facts)
+        self.router.workers.set_health(self.worker, WorkerState.READY)
+
+    async def _pause(self) -> None:
+        """Wait for the next look: the interval with a little jitter, or less when somebody asks for it."""
+        interval = self._upstream.health_interval_s * self._rng.uniform(0.8, 1.0)
+        try:
+            async with asyncio.timeout(interval):
+                await self._look.wait()
+        except TimeoutError:
+            pass
+        finally:
+            self._look.clear()
+
+
+def at_rank(endpoint: str, rank: int) -> str:
+    """The socket of a data-parallel rank: vLLM binds rank r at the port of rank 0 plus r."""
+    if rank == 0:
+        return endpoint
+    parts = urlsplit(endpoint)
+    host = f"[{parts.hostname}]" if ":" in (parts.hostname or "") else parts.hostname
+    return urlunsplit(parts._replace(netloc=f"{host}:{(parts.port or 0) + rank}"))

@@ -1,0 +1,90 @@
+"""A request on its way: booked, sent, streamed back, and sent elsewhere when a worker fails before its first token."""
+
+import math
+from collections.abc import AsyncGenerator, Callable
+from contextlib import aclosing
+from dataclasses import dataclass
+
+from kvrouter_grpc.config import UpstreamConfig
+from kvrouter_grpc.errors import NoWorkersError, UpstreamError
+from kvrouter_grpc.routing.router import Router
+from kvrouter_grpc.types import Decision, EngineChunk, EngineRequest, Prompt, RoutingHints, Target
+from kvrouter_grpc.upstream.vllm_http import VllmHttpClient
+
+
+@dataclass(slots=True)
+class RelayStep:
+    """What arrived together from the engine. The first step of a stream also carries the decision."""
+
+    chunks: list[EngineChunk]
+    decision: Decision | None = None
+    attempts: int = 1
+
+
+class Relay:
+    """Forwards requests to the workers that a router picks.
+
+    Args:
+        client: Gives the client of a worker by its id; raises KeyError when the worker has gone.
+        config: Retries and limits.
+        on_failure: Called with each target that failed, so that its health is looked at at once.
+    """
+
+    def __init__(
+        self,
+        client: Callable[[int], VllmHttpClient],
+        config: UpstreamConfig,
+        on_failure: Callable[[Target, UpstreamError], None],
+    ) -> None:
+        self._client = client
+        self._config = config
+        self._on_failure = on_failure
+
+    async def generate(
+        self, router: Router, prompt: Prompt, hints: RoutingHints, request: EngineRequest
+    ) -> AsyncGenerator[RelayStep, None]:
+        """Route, send and stream. Closing the generator aborts the request in the engine and releases its load.
+
+        Raises:
+            RouterError: Of the decision, or of the engine. Before the first token the last failure of up to
+                `retries` further workers; a pinned request is never sent elsewhere.
+        """
+        tried: set[Target] = set()
+        failure: UpstreamError | None = None
+        while True:
+            try:
+                lease = router.lease(
+                    request.request_id, prompt, hints, model=request.model, ttl_s=math.inf, exclude=tried
+                )
+            except NoWorkersError:
+                if failure is not None:
+                    raise failure from None
+                raise
+            target = lease.decision.target
+            delivered = False
+            with lease:
+                try:
+                    async with aclosing(self._send(router, request, target)) as answer:
+                        async for chunks in answer:
+                            if any(chunk.token_ids or chunk.text for chunk in chunks):
+                                lease.first_token()
+                            if delivered:
+                                yield RelayStep(chunks)
+                            else:
+                                delivered = True
+                                yield RelayStep(chunks, lease.decision, len(tried) + 1)
+                    return
+                except UpstreamError as error:
+                    self._on_failure(target, error)
+                    final = delivered or not error.before_first_token or hints.worker_id is not None
+                    if final or len(tried) >= self._config.retries:
+                        raise
+                    failure = error
+                    tried.add(target)
+
+    def _send(
+        self, router: Router, request: EngineRequest, target: Target
+    ) -> AsyncGenerator[list[EngineChunk], None]:
+        worker = router.workers.get(target.worker_id)
+        rank = target.dp_rank if worker is not None and worker.dp_size > 1 else None
+        return self._client(target.worker_id).generate(request, rank)
