@@ -1,9 +1,12 @@
 """Configuration: one frozen, typed `Config`, from flags, environment, YAML, defaults, in this order."""
 
+from kvrouter_grpc.config.effective import effective
+from kvrouter_grpc.config.load import load
 from kvrouter_grpc.config.model import Config
 from kvrouter_grpc.config.router import RouterConfig
 from kvrouter_grpc.config.sections import EventsConfig, LogConfig, ServerConfig, UpstreamConfig
 from kvrouter_grpc.config.worker import WorkerEntry
+from kvrouter_grpc.config.worker_list import read_workers
 
 __all__ = [
     "Config",
@@ -13,4 +16,7 @@ __all__ = [
     "ServerConfig",
     "UpstreamConfig",
     "WorkerEntry",
+    "effective",
+    "load",
+    "read_workers",
 ]

@@ -3,11 +3,12 @@
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Annotated
 
 from pydantic import Field
 
 from kvrouter_grpc.config.router import RouterConfig
-from kvrouter_grpc.config.section import Contradiction, Endpoint, Names, Section, setting
+from kvrouter_grpc.config.section import Contradiction, Endpoint, Names, Section, Syntax, setting
 from kvrouter_grpc.config.sections import EventsConfig, LogConfig, ServerConfig, UpstreamConfig
 from kvrouter_grpc.types import WorkerSpec
 
@@ -27,9 +28,9 @@ class Config(Section):
         max_length=256,
         names=Names(flag="--endpoint", env=("DYN_ROUTER_ENDPOINT",)),
     )
-    workers: tuple[WorkerSpec, ...] = setting(
+    workers: Annotated[tuple[WorkerSpec, ...], Syntax("name=...,url=http://host:port,...")] = setting(
         (),
-        "A worker, as name=...,url=http://host:port,...; repeat for several. Lists inside use |.",
+        "A worker and its keys, see Workers; repeat for several.",
         max_length=10_000,
         names=Names(flag="--worker"),
     )
@@ -52,12 +53,13 @@ class Config(Section):
         for name, count in Counter(worker.name for worker in self.workers).items():
             if count > 1:
                 yield Contradiction(
-                    ("workers",), f"{count} workers are called {name}: give each its own name=."
+                    ("workers", "workers_file"),
+                    f"{count} workers are called {name}: give each its own name=.",
                 )
         for worker in self.workers:
             if worker.endpoint not in self.endpoints:
                 yield Contradiction(
-                    ("workers", "endpoints"),
+                    ("workers", "workers_file", "endpoints"),
                     f"worker {worker.name} is for endpoint {worker.endpoint}, which this router does not "
                     f"serve: add --endpoint {worker.endpoint} or change the worker.",
                 )

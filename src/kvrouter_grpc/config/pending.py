@@ -11,6 +11,18 @@ from typing import Literal
 from kvrouter_grpc.config.section import Names, Section, setting
 
 
+class RetiredRouterConfig(Section):
+    """Settings that now mean others: `load` translates them, no component sees them."""
+
+    kv_overlap_score_weight: float | None = setting(
+        None,
+        "Deprecated: sets prefill-load-scale, and at 0 kv-overlap-score-credit to 0 as well.",
+        ge=0,
+        le=1000,
+        names=Names(legacy_env=("DYN_OVERLAP_SCORE_WEIGHT",)),
+    )
+
+
 class PendingRouterConfig(Section):
     """Accepted for compatibility, without effect."""
 
@@ -29,7 +41,7 @@ class PendingRouterConfig(Section):
         10.0,
         "Look the overlap up again for a request that waited this many seconds; 0 never does.",
         ge=0,
-        names=Names(env=("DYN_ROUTER_OVERLAP_REFRESH_AFTER_SECS",)),
+        names=Names(env=("DYN_ROUTER_OVERLAP_REFRESH_AFTER_SECS",), dynamo=False),
     )
 
     # Overload thresholds.
@@ -70,12 +82,14 @@ class PendingRouterConfig(Section):
 
     # State shared between replicas.
     replica_sync: bool = setting(False, "Share the booked load between router replicas.")
-    active_sequence_direct_zmq: bool = setting(False, "Share the booked load over ZeroMQ.")
+    active_sequence_direct_zmq: bool = setting(
+        False,
+        "Share the booked load over ZeroMQ.",
+        names=Names(env=("DYN_ROUTER_ACTIVE_SEQUENCE_DIRECT_ZMQ",), dynamo=False),
+    )
     snapshot_threshold: int = setting(1_000_000, "Events between two snapshots.", ge=1)
     reset_states: bool = setting(False, "Forget the shared state at start. This router keeps none.")
-    durable_kv_events: bool = setting(
-        False, "Take KV events from JetStream.", names=Names(legacy_flags=("--durable-kv-events",))
-    )
+    durable_kv_events: bool = setting(False, "Take KV events from JetStream.")
     serve_indexer: bool = setting(
         False,
         "Serve this router's index to others.",
@@ -138,15 +152,15 @@ class PendingRouterConfig(Section):
     discovery_backend: str | None = setting(
         None,
         "Where Dynamo workers register. This router needs no registry.",
-        names=Names(flag="--discovery-backend", dynamo=False),
+        names=Names(flag="--discovery-backend"),
     )
     request_plane: str | None = setting(
         None,
         "How Dynamo sends requests. This router speaks the engines' HTTP.",
-        names=Names(flag="--request-plane", dynamo=False),
+        names=Names(flag="--request-plane"),
     )
     event_plane: str | None = setting(
         None,
         "How Dynamo sends events. This router subscribes to the engines.",
-        names=Names(flag="--event-plane", dynamo=False),
+        names=Names(flag="--event-plane"),
     )

@@ -13,13 +13,14 @@ def _mode(value: Any) -> Any:
     return value.replace("_", "-") if isinstance(value, str) else value
 
 
+OWN = Names(dynamo=False)  # settings which Dynamo does not have
 Mode = Annotated[Literal["kv", "round-robin", "random"], BeforeValidator(_mode)]
 
 
 class RouterConfig(PendingRouterConfig):
     """How a worker is chosen. Flags, environment variables and defaults are those of the Dynamo router.
 
-    Different from there: `mode` starts as kv, `block_size` is learned from the workers, `cost` names the formula.
+    Except: `mode` starts as kv, `block_size` is learned from the workers, and `cost` names the formula.
     """
 
     mode: Mode = setting(
@@ -31,12 +32,12 @@ class RouterConfig(PendingRouterConfig):
         "--block-size, else the router does not become ready and says so.",
         ge=1,
         le=65_536,
-        names=Names(legacy_flags=("--block-size",)),
     )
     cost: Literal["default", "dynamo"] = setting(
         "default",
-        "Formula of mode kv. default counts tokens: queued prefill, new work (see new-work-weight) and lack of "
-        "KV memory. dynamo counts blocks, with the credits and weights below.",
+        "Formula of mode kv. default counts tokens: queued prefill, new work (see new-work-weight) and lack "
+        "of KV memory. dynamo counts blocks, with the credits and weights below.",
+        names=OWN,
     )
     new_work_weight: float = setting(
         2.0,
@@ -44,6 +45,7 @@ class RouterConfig(PendingRouterConfig):
         "Higher follows the cache, lower the load.",
         ge=0,
         le=1000,
+        names=OWN,
     )
     temperature: float = setting(
         0.0,
@@ -52,12 +54,12 @@ class RouterConfig(PendingRouterConfig):
         le=1000,
     )
     seed: int | None = setting(
-        None, "Seed of every random choice, for a repeatable run; none is random.", ge=0, lt=2**63
+        None, "Seed of every random choice, for a repeatable run; none is random.", ge=0, lt=2**63, names=OWN
     )
     kv_events: bool = setting(
         True,
         "Follow the workers' KV events. Off, no worker is known to cache anything and load alone decides.",
-        names=Names(env=("DYN_ROUTER_USE_KV_EVENTS",), legacy_flags=("--kv-events",)),
+        names=Names(env=("DYN_ROUTER_USE_KV_EVENTS",)),
     )
     load_aware: bool = setting(
         False,
@@ -70,8 +72,8 @@ class RouterConfig(PendingRouterConfig):
     )
     kv_overlap_score_credit_decay: float = setting(
         0.0,
-        "Cost dynamo: how fast that credit falls as a worker's prefill load rises above the least loaded one's; "
-        "0 never, 1 halves it per request of this size.",
+        "Cost dynamo: how fast that credit falls while a worker has more prefill load than the least "
+        "loaded one: 0 never, 1 halves it per request of this size.",
         ge=0,
         le=1000,
     )
@@ -90,32 +92,32 @@ class RouterConfig(PendingRouterConfig):
     track_active_blocks: bool = setting(
         True,
         "Count the blocks of running requests as load. Off suits prefill-only workers.",
-        names=Names(legacy_flags=("--track-active-blocks",)),
     )
     track_output_blocks: bool = setting(
         False,
         "Count the blocks that running requests generate, too.",
-        names=Names(legacy_flags=("--track-output-blocks",)),
     )
     track_prefill_tokens: bool = setting(
         True,
         "Count prompt tokens that wait for their first token as load. Off suits decode-only workers.",
-        names=Names(legacy_flags=("--track-prefill-tokens",)),
     )
     assume_kv_reuse: bool = setting(
         True,
         "Count a prefix that several running requests share once. Off where engines do not share blocks.",
-        names=Names(legacy_flags=("--assume-kv-reuse",)),
     )
     request_expiry_s: float = setting(
         300.0,
         "A booked request that nobody frees is forgotten after this many seconds.",
         gt=0,
         le=86_400,
-        names=Names(env=("DYN_ROUTER_ACTIVE_REQUEST_EXPIRY_SECS",)),
+        names=Names(env=("DYN_ROUTER_ACTIVE_REQUEST_EXPIRY_SECS",), dynamo=False),
     )
     min_initial_workers: int = setting(
-        0, "Workers that must be ready before the router is.", ge=0, le=100_000
+        0,
+        "Workers that must be ready before the router is.",
+        ge=0,
+        le=100_000,
+        names=Names(env=("DYN_ROUTER_MIN_INITIAL_WORKERS",), dynamo=False),
     )
 
     def contradictions(self) -> Iterator[Contradiction]:

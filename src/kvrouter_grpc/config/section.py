@@ -19,14 +19,13 @@ class Names:
     Attributes:
         flag: The command-line flag, "" for the one derived from section and field.
         env: Environment variables accepted beside `KVROUTER_<SECTION>_<FIELD>`.
-        legacy_flags: Deprecated flags, accepted with a warning.
         legacy_env: Deprecated environment variables, accepted with a warning.
-        dynamo: Whether `DYN_ROUTER_<FIELD>` is accepted where `env` names nothing else.
+        dynamo: Whether a router setting is one of Dynamo's `--router-*` flags: unless the above name others,
+            `DYN_ROUTER_<FIELD>` is read, too, and the flag without its prefix accepted, deprecated.
     """
 
     flag: str = ""
     env: tuple[str, ...] = ()
-    legacy_flags: tuple[str, ...] = ()
     legacy_env: tuple[str, ...] = ()
     dynamo: bool = True
 
@@ -40,7 +39,8 @@ def setting(default: Any, description: str, *, names: Names | None = None, **bou
         names: Names beside the derived ones.
         **bounds: Constraints of `pydantic.Field` (`ge`, `gt`, `le`, `max_length`, ...).
     """
-    return Field(default, description=description, json_schema_extra={NAMES: names or Names()}, **bounds)  # type: ignore[dict-item]
+    extra: Any = {NAMES: names or Names()}
+    return Field(default, description=description, json_schema_extra=extra, **bounds)
 
 
 class Contradiction(NamedTuple):
@@ -78,7 +78,7 @@ def split_host_port(value: str) -> tuple[str, int]:
     """
     match = _HOST_PORT.fullmatch(value)
     if match is None or int(match["port"]) > 65535:
-        raise ValueError("it is not host:port with a port from 0 to 65535")
+        raise ValueError("it needs a host and a port from 0 to 65535")
     return match["host"], int(match["port"])
 
 
@@ -92,11 +92,15 @@ _ENDPOINT = re.compile(r"[A-Za-z0-9_-]{1,63}(\.[A-Za-z0-9_-]{1,63}){2}")
 
 def _endpoint(value: str) -> str:
     if _ENDPOINT.fullmatch(value) is None:
-        raise ValueError(
-            "it is not namespace.component.endpoint: exactly three parts of letters, digits, '_' and '-'"
-        )
+        raise ValueError("exactly three parts, each of letters, digits, '_' and '-'")
     return value
 
 
-HostPort = Annotated[str, AfterValidator(_host_port)]
-Endpoint = Annotated[str, AfterValidator(_endpoint)]
+class Syntax(str):
+    """Part of an annotation: the form of a value, as told to people ("host:port")."""
+
+    __slots__ = ()
+
+
+HostPort = Annotated[str, AfterValidator(_host_port), Syntax("host:port")]
+Endpoint = Annotated[str, AfterValidator(_endpoint), Syntax("namespace.component.endpoint")]

@@ -23,7 +23,7 @@ ENVELOPE_BYTES = 64 << 10  # room in a message for all that is not the prompt
 
 def _tokenizer(path: Path) -> Path:
     if not path.exists():
-        raise ValueError("nothing is there; give the directory or file of the model's tokenizer")
+        raise ValueError("nothing is there")
     if importlib.util.find_spec("transformers") is None:
         raise ValueError("text prompts need the extra: pip install 'kvrouter-grpc[tokenizer]'")
     return path
@@ -125,8 +125,8 @@ class ServerConfig(Section):
         ):
             yield Contradiction(
                 ("listen", "admin_listen"),
-                f"listen and admin-listen are both {self.listen}: give admin-listen its own port, or leave it "
-                "out to serve both on one.",
+                f"listen and admin-listen are both {self.listen}: give admin-listen its own port, or leave "
+                "it out to serve both on one.",
             )
         if self.drain_timeout_s < self.drain_propagation_s:
             yield Contradiction(

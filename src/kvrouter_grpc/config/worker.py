@@ -6,7 +6,7 @@ from urllib.parse import urlsplit
 
 from pydantic import AfterValidator
 
-from kvrouter_grpc.config.section import Endpoint, Section, setting, split_host_port
+from kvrouter_grpc.config.section import Endpoint, Section, Syntax, setting, split_host_port
 from kvrouter_grpc.types import Role, WorkerSpec
 
 _NAME = re.compile(r"[A-Za-z0-9\[][A-Za-z0-9._:\[\]/-]{0,252}")
@@ -24,7 +24,7 @@ def _url(value: str) -> str:
         "/",
     }
     if parts.scheme not in {"http", "https"} or not parts.hostname or port == 0 or not plain:
-        raise ValueError("it is not http://host:port or https://host:port, without a path")
+        raise ValueError("http or https, a host and a port, and no path")
     return f"{parts.scheme}://{parts.netloc}"
 
 
@@ -35,29 +35,32 @@ def _tcp(value: str) -> str:
     except ValueError:
         host, port = "", 0
     if scheme != "tcp" or not separator or not port or host in {"", "*"}:
-        raise ValueError("it is not tcp://host:port with a host that the router can reach")
+        raise ValueError("tcp, a port, and a host that the router can reach")
     return value
 
 
 def _name(value: str) -> str:
     if _NAME.fullmatch(value) is None:
-        raise ValueError("it is not 1 to 253 letters, digits and . _ : / - [ ]")
+        raise ValueError("1 to 253 letters, digits and . _ : / - [ ], a letter or digit first")
     return value
 
 
 def _label(value: str) -> str:
     if not value or len(value) > _MAX_LABEL or not value.isprintable() or value != value.strip():
-        raise ValueError(f"it is not a printable text of 1 to {_MAX_LABEL} characters")
+        raise ValueError(f"1 to {_MAX_LABEL} printable characters")
     return value
 
 
-Url = Annotated[str, AfterValidator(_url)]
-TcpAddress = Annotated[str, AfterValidator(_tcp)]
-Label = Annotated[str, AfterValidator(_label)]
+Url = Annotated[str, AfterValidator(_url), Syntax("http://host:port")]
+TcpAddress = Annotated[str, AfterValidator(_tcp), Syntax("tcp://host:port")]
+Label = Annotated[str, AfterValidator(_label), Syntax("a printable text")]
 
 
 class WorkerEntry(Section):
-    """The settings of one worker. What is left out, the router asks the worker for."""
+    """The settings of one worker. What is left out, the router asks the worker for.
+
+    Inline, `key=value` pairs stand between commas and `|` separates the items of a list.
+    """
 
     url: Url = setting(..., "http://host:port of the engine's OpenAI-compatible server.")
     name: Annotated[str, AfterValidator(_name)] | None = setting(
