@@ -16,12 +16,10 @@ MAX_FILE_BYTES = 4 << 20
 
 FlagValue = str | bool | Iterable[str]
 
-# Kubernetes gives a pod such variables for every Service of its namespace. For a Service called kvrouter-server
-# they would else read like settings.
+# Kubernetes gives a pod such variables for every Service of its namespace. For a Service called
+# kvrouter-server they would else read like settings.
 _SERVICE_LINK = re.compile(
     r".+_(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT_\d+_(TCP|UDP|SCTP)(_[A-Z]+)?)=.*|.+_PORT=\w+://.*", re.DOTALL
-)
-    r".+_(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT_\d+_(TCP|UDP|SCTP)(_[A-Z]+)?)=.*|.+_PORT=\w+://.*"
 )
 
 
