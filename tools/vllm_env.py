@@ -1,18 +1,18 @@
-"""Build the Python environment of the real vLLM engines that `make test-vllm` runs, and write their tiny model.
+"""Build what `make test-vllm` runs: real vLLM engines for the CPU, and a tiny model for them.
 
     python tools/vllm_env.py            create or complete .cache/vllm (idempotent)
     python tools/vllm_env.py --check    exit 0 when it is complete, 1 when not; changes nothing
 
-Both engines import one set of libraries, so there is one virtual environment, and each vLLM lies in a folder of its own
-that goes first on PYTHONPATH: a second engine costs seconds and half a gigabyte instead of a second PyTorch.
+All engines import one set of libraries, so there is one virtual environment, and each vLLM lies in a folder
+of its own, first on PYTHONPATH: a second engine costs seconds and half a gigabyte, not a second PyTorch.
 
     .cache/vllm/common/     virtual environment: tests/e2e/requirements/common.txt
     .cache/vllm/0.32.0/     tests/e2e/requirements/vllm-0.32.0.txt, and so on for each such file
     .cache/vllm/model/      the tiny random Llama of tests/e2e/tiny_model.py, and model-lora/ beside it
 
 Every part carries a stamp of what it was built from; a part whose stamp differs is built again from nothing.
-pip takes its indexes from the machine's own pip configuration. PyTorch publishes its CPU builds on an index of its own:
-where pip's `find-links` does not already offer the wheel, set KVROUTER_TORCH_INDEX to the URL of that index.
+pip takes its indexes from the machine's own pip configuration. PyTorch publishes its CPU builds on an index
+of its own: where pip's `find-links` has no such wheel, set KVROUTER_TORCH_INDEX to the URL of that index.
 """
 
 import argparse
@@ -65,7 +65,20 @@ def pip_install(part: str, requirements: Path, *options: str | Path) -> None:
     """
     extra = [f"--extra-index-url={url}"] if (url := os.environ.get(TORCH_INDEX)) else []
     try:
-        run(part, PYTHON, "-m", "pip", "install", "-q", "--no-deps", "--compile", *extra, *options, "-r", requirements)
+        run(
+            part,
+            PYTHON,
+            "-m",
+            "pip",
+            "install",
+            "-q",
+            "--no-deps",
+            "--compile",
+            *extra,
+            *options,
+            "-r",
+            requirements,
+        )
     except BuildError as error:
         if "torch==" in str(error) and not extra:
             hint = f"set {TORCH_INDEX} to the URL of PyTorch's CPU wheel index"
