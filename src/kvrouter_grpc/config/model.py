@@ -30,7 +30,7 @@ class Config(Section):
     )
     workers: Annotated[tuple[WorkerSpec, ...], Syntax("name=...,url=http://host:port,...")] = setting(
         (),
-        "A worker and its keys, see Workers; repeat for several.",
+        "A worker, given by its keys; repeat for several.",
         max_length=10_000,
         names=Names(flag="--worker"),
     )

@@ -25,7 +25,7 @@ _PLAIN: dict[Any, str] = {
     str: "a text",
     Path: "a path",
 }
-_RELATIONS = ((Ge, "ge", ">="), (Gt, "gt", ">"), (Le, "le", "<="), (Lt, "lt", "<"))
+_RELATIONS = ((Ge, "ge", "from"), (Gt, "gt", "above"), (Le, "le", "up to"), (Lt, "lt", "below"))
 _SHOWN = 80  # characters of a bad value that a message repeats
 
 
@@ -139,7 +139,7 @@ class Setting:
     def syntax(self) -> str:
         """What may be written, in words."""
         kind, metadata, optional = self._inner
-        if get_origin(kind) is tuple:
+        if get_origin(kind) is tuple:  # what is said is about one item
             kind = get_args(kind)[0]
             if get_origin(kind) is Annotated:
                 kind, metadata = get_args(kind)[0], [*metadata, *get_args(kind)[1:]]
@@ -148,15 +148,13 @@ class Setting:
             words = " or ".join(", ".join(get_args(kind)).rsplit(", ", 1))
         words = words or _PLAIN.get(kind, "a text")
         bounds = [
-            f"{sign} {getattr(item, attribute)}"
-            for relation, attribute, sign in _RELATIONS
+            f"{words_of} {getattr(item, attribute)}"
+            for relation, attribute, words_of in _RELATIONS
             for item in metadata
             if isinstance(item, relation)
         ]
         if bounds:
-            words += " " + " and ".join(bounds)
-        if self.repeated:
-            words += f", several with '{self.separator}' between"
+            words += " " + " ".join(bounds)
         return f"{words}, or none" if optional else words
 
     @cached_property
@@ -202,8 +200,9 @@ class Setting:
             return parse()
         except ValidationError as error:
             errors = error.errors(include_url=False)
-            if errors[0]["loc"]:  # in a list: show the bad items only
-                value = [each["input"] for each in errors] if len(errors) > 1 else errors[0]["input"]
+            items = [each["input"] for each in errors if each["loc"]]
+            if items:  # of a list: show the bad ones only
+                value = items if len(items) > 1 else items[0]
             causes = {f" ({each['ctx']['error']})" for each in errors if each["type"] == "value_error"}
             detail = "".join(sorted(causes))
         except (TypeError, ValueError, RecursionError):  # JSON has no such value

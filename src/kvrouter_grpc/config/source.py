@@ -65,8 +65,9 @@ def from_flags(flags: Mapping[str, FlagValue]) -> Source:
             source.faults.append(f"flag {flag} is unknown{did_you_mean(flag, known)}")
             continue
         setting, deprecated = known.get(flag) or legacy[flag]
+        typed = flag.replace("--", "--no-", 1) if value is False else flag
         plain = value if isinstance(value, str | bool) else list(value)
-        source.given.append(Given(setting, plain, f"flag {flag}", deprecated=deprecated))
+        source.given.append(Given(setting, plain, f"flag {typed}", deprecated=deprecated))
     return source
 
 
