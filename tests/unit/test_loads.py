@@ -1,0 +1,128 @@
+"""Leases: whatever happens to requests, the load is what the requests in flight make it."""
+
+from array import array
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import Bundle, RuleBasedStateMachine, invariant, rule
+
+from kvrouter_grpc.errors import DuplicateRequestError, UnknownReservationError
+from kvrouter_grpc.routing.loads import Booking, LoadTable
+from kvrouter_grpc.types import Decision, Overlap, Target
+
+TARGETS = [Target(1, 0), Target(1, 1), Target(2, 0)]
+
+
+def decision(target):
+    return Decision(target, "w", "http://w", Overlap(), 16, 0, 0, 0, 0.0, 1.0)
+
+
+def chain(*path):
+    """Sequence hashes of a path: equal prefixes give equal hashes."""
+    return array("Q", [hash(path[: depth + 1]) % 2**64 for depth in range(len(path))])
+
+
+class Leases(RuleBasedStateMachine):
+    """Books, first tokens, releases, expiries and removals, against a plain list of what is in flight."""
+
+    requests = Bundle("requests")
+
+    def __init__(self):
+        super().__init__()
+        self.now = 0.0
+        self.table = LoadTable(lambda: self.now, 100.0)
+        self.model = {}  # id -> [target, seqs, prefill, shared, expires_at]
+        self.leases = {}
+
+    @rule(
+        target=requests,
+        request_id=st.integers(0, 30).map(str),
+        where=st.sampled_from(TARGETS),
+        path=st.lists(st.integers(0, 1), max_size=6),
+        prefill=st.integers(0, 500),
+        shared=st.booleans(),
+        ttl=st.none() | st.floats(1, 300),
+    )
+    def book(self, request_id, where, path, prefill, shared, ttl):
+        booking = Booking(chain(*path), prefill, shared)
+        if request_id in self.model:
+            with pytest.raises(DuplicateRequestError):
+                self.table.book(request_id, decision(where), booking, ttl)
+        else:
+            self.leases[request_id] = self.table.book(request_id, decision(where), booking, ttl)
+            self.model[request_id] = [where, booking.seqs, prefill, shared, self.now + (ttl or 100.0)]
+        return request_id
+
+    @rule(request_id=requests, twice=st.booleans())
+    def first_token(self, request_id, twice):
+        if request_id not in self.model:
+            with pytest.raises(UnknownReservationError):
+                self.table.lease(request_id)
+            return
+        for _ in range(1 + twice):
+            self.table.lease(request_id).first_token()
+        self.model[request_id][2] = 0
+
+    @rule(request_id=requests, twice=st.booleans())
+    def release(self, request_id, twice):
+        lease = self.leases[request_id]
+        for _ in range(1 + twice):
+            lease.release()
+        self.model.pop(request_id, None)
+        assert lease.released
+
+    @rule(seconds=st.floats(0, 150))
+    def wait(self, seconds):
+        self.now += seconds
+        self.table.expire()
+        self.model = {name: entry for name, entry in self.model.items() if entry[4] > self.now}
+
+    @invariant()
+    def loads_are_the_sum_of_what_is_in_flight(self):
+        assert len(self.table) == len(self.model)
+        for target in TARGETS:
+            mine = [entry for entry in self.model.values() if entry[0] == target]
+            load = self.table.load(target)
+            assert load.active_requests == len(mine)
+            assert load.queued_prefill_tokens == sum(entry[2] for entry in mine)
+            shared = {seq for entry in mine if entry[3] for seq in entry[1]}
+            assert load.active_blocks == len(shared) + sum(len(entry[1]) for entry in mine if not entry[3])
+            for path in ([], [0], [0, 1, 0], [1, 1, 1, 1], [0, 0, 0, 0, 0, 0]):
+                seqs = chain(*path)
+                held = next((depth for depth, seq in enumerate(seqs) if seq not in shared), len(seqs))
+                assert load.in_flight_overlap(seqs) == held
+
+
+TestLeases = Leases.TestCase
+TestLeases.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
+
+
+def test_a_lease_is_released_whatever_ends_its_block():
+    table = LoadTable(lambda: 0.0, 10.0)
+    with pytest.raises(RuntimeError), table.book("a", decision(TARGETS[0]), Booking(chain(1, 2), 50)):
+        assert table.load(TARGETS[0]).queued_prefill_tokens == 50
+        raise RuntimeError
+    assert (table.load(TARGETS[0]).active_requests, table.load(TARGETS[0]).active_blocks, len(table)) == (0, 0, 0)
+
+
+def test_a_removed_target_takes_its_load_along_and_its_leases_end_quietly():
+    table = LoadTable(lambda: 0.0, 10.0)
+    lease = table.book("a", decision(TARGETS[0]), Booking(chain(1), 50))
+    table.remove(TARGETS[0])
+    assert table.load(TARGETS[0]).active_requests == 0
+    table.add(TARGETS[0])
+    lease.release()
+    assert table.load(TARGETS[0]).active_requests == 0
+
+
+def test_forgotten_reservations_are_counted_and_the_heap_stays_small():
+    now = [0.0]
+    table = LoadTable(lambda: now[0], 10.0)
+    for number in range(1000):
+        table.book(f"done-{number}", decision(TARGETS[0]), Booking(chain(1), 1)).release()
+    assert len(table._deadlines) < 100
+    table.book("forgotten", decision(TARGETS[0]), Booking(chain(1), 1))
+    now[0] = 10.0
+    table.expire()
+    assert (table.expired, len(table), table.load(TARGETS[0]).active_blocks) == (1, 0, 0)
