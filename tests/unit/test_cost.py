@@ -59,7 +59,11 @@ def test_default_cost_counts_expected_output_as_memory():
         ([row(active=10, in_flight=4)], {}, [(6, 12, 0)]),  # shared blocks count once
         ([row(active=10, in_flight=4)], {"assume_kv_reuse": False}, [(6, 16, 0)]),
         ([row(4, active=10)], {"track_active_blocks": False}, [(2, 0, 0)]),
-        ([row(4, active=10)], {"track_prefill_tokens": False}, [(0, 12, 0)]),  # decode only: the credit comes off decode
+        (
+            [row(4, active=10)],
+            {"track_prefill_tokens": False},
+            [(0, 12, 0)],
+        ),  # decode only: the credit comes off decode
         ([row(requests=3)], {"decode_active_request_weight": 2.0}, [(6, 6, 6)]),
         # decay: the busy one is 96 tokens = one prompt ahead, so its credit halves
         ([row(4, queued=96), row(4)], {"overlap_score_credit_decay": 1.0}, [(12 - 2, 6, 0), (2, 6, 0)]),

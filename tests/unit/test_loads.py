@@ -100,9 +100,14 @@ TestLeases.settings = settings(max_examples=150, stateful_step_count=40, deadlin
 
 def test_a_lease_is_released_whatever_ends_its_block():
     table = LoadTable(lambda: 0.0, 10.0)
-    with pytest.raises(RuntimeError), table.book("a", decision(TARGETS[0]), Booking(chain(1, 2), 50)):
-        assert table.load(TARGETS[0]).queued_prefill_tokens == 50
-        raise RuntimeError
+
+    def fail():
+        with table.book("a", decision(TARGETS[0]), Booking(chain(1, 2), 50)):
+            assert table.load(TARGETS[0]).queued_prefill_tokens == 50
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        fail()
     assert (table.load(TARGETS[0]).active_requests, table.load(TARGETS[0]).active_blocks, len(table)) == (0, 0, 0)
 
 

@@ -19,7 +19,9 @@ FRAMES_PER_S = 8
 
 @click.command("demo")
 @click.option("--workers", default=4, show_default=True, type=click.IntRange(1, 16), help="Mock workers to start.")
-@click.option("--conversations", default=24, show_default=True, type=click.IntRange(1, 200), help="Conversations to hold.")
+@click.option(
+    "--conversations", default=24, show_default=True, type=click.IntRange(1, 200), help="Conversations to hold."
+)
 @click.option("--turns", default=5, show_default=True, type=click.IntRange(1, 20), help="Turns of each.")
 @click.option("--seed", default=1, show_default=True, help="Of the workload and of the router's ties.")
 @click.option("--plain", is_flag=True, help="One line per request instead of a screen; the default without a terminal.")
@@ -50,7 +52,8 @@ async def _screen(console: Console, run: Run, before: Run | None, workers: int, 
 
 async def _lines(console: Console, run: Run, _before: Run | None, workers: int, seed: int) -> None:
     console.print(
-        f"{run.title}: {workers} workers, {run.shape.conversations} conversations of {run.shape.turns} turns", style="bold"
+        f"{run.title}: {workers} workers, {run.shape.conversations} conversations of {run.shape.turns} turns",
+        style="bold",
     )
     shown: set[int] = set()
     async with asyncio.TaskGroup() as group:

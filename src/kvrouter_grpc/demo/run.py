@@ -96,7 +96,7 @@ async def drive(run: Run, *, workers: int, seed: int) -> None:
     """
     async with _fleet(workers) as engines, _router(run, engines, seed) as (app, channel):
         stub = router_pb2_grpc.KvRouterStub(channel)
-        run.loads = lambda: _loads(app, engines, run)
+        run.loads = lambda: _loads(app, run)
         run.started = time.monotonic()
         places = asyncio.Semaphore(run.shape.concurrency)
 
@@ -114,9 +114,7 @@ async def drive(run: Run, *, workers: int, seed: int) -> None:
 async def _turn(stub: router_pb2_grpc.KvRouterAsyncStub, run: Run, conversation: Conversation, number: int) -> None:
     tokens = conversation.ask(number)
     decided = await stub.BestWorkerId(router_pb2.BestWorkerIdRequest(token_ids=tokens, include_candidates=True))
-    turn = Turn(
-        conversation.name, number, decided.worker_name, len(tokens), decided.expected_cached_tokens, decided
-    )
+    turn = Turn(conversation.name, number, decided.worker_name, len(tokens), decided.expected_cached_tokens, decided)
     run.turns.append(turn)
     sent = time.monotonic()
     answer: list[int] = []
@@ -139,7 +137,7 @@ async def _turn(stub: router_pb2_grpc.KvRouterAsyncStub, run: Run, conversation:
     conversation.answered(answer)
 
 
-def _loads(app: App, engines: dict[str, MockWorker], run: Run) -> list[Load]:
+def _loads(app: App, run: Run) -> list[Load]:
     router = app.routers[ENDPOINT]
     loads = []
     for worker in router.workers.workers():
@@ -177,9 +175,7 @@ async def _fleet(count: int) -> AsyncIterator[dict[str, MockWorker]]:
 
 
 @asynccontextmanager
-async def _router(
-    run: Run, engines: dict[str, MockWorker], seed: int
-) -> AsyncIterator[tuple[App, grpc.aio.Channel]]:
+async def _router(run: Run, engines: dict[str, MockWorker], seed: int) -> AsyncIterator[tuple[App, grpc.aio.Channel]]:
     config = Config.model_validate(
         {
             "endpoints": (ENDPOINT,),

@@ -45,18 +45,28 @@ def _progress(run: Run, before: Run | None) -> RenderableType:
 
 def _decisions(run: Run) -> RenderableType:
     table = Table(expand=True, box=None, header_style="bold")
-    for column in ("conversation", "turn", "goes to", "prompt", "cached there", "", "waiting there", "because (cost per worker)"):
+    for column in (
+        "conversation",
+        "turn",
+        "goes to",
+        "prompt",
+        "cached there",
+        "",
+        "waiting there",
+        "because (cost per worker)",
+    ):
         table.add_column(column, justify="right" if column in ("turn", "prompt", "waiting there") else "left")
     for turn in run.turns[-RECENT:]:
         decided = turn.decided
         share = turn.predicted_tokens / turn.prompt_tokens
+        size = max(1, decided.block_size)
         table.add_row(
             turn.conversation,
             str(turn.number + 1),
             f"[bold]{turn.worker}[/]",
             f"{turn.prompt_tokens} tok",
             Bar(1.0, 0, share, width=16, color="green"),
-            f"{turn.predicted_tokens // max(1, decided.block_size)}/{turn.prompt_tokens // max(1, decided.block_size)} blocks",
+            f"{turn.predicted_tokens // size}/{turn.prompt_tokens // size} blocks",
             f"{decided.load.queued_prefill_tokens} tok",
             _costs(turn),
         )

@@ -2,7 +2,6 @@
 
 import asyncio
 import random
-from collections.abc import Callable
 from urllib.parse import urlsplit, urlunsplit
 
 import structlog

@@ -185,11 +185,7 @@ class Fleet:
         """The workers, sorted by endpoint and name. Raises UnknownEndpointError."""
         if endpoint is not None:
             self._router(endpoint)
-        members = [
-            member
-            for member in self._members.values()
-            if endpoint in (None, member.attendant.router.endpoint)
-        ]
+        members = [member for member in self._members.values() if endpoint in (None, member.attendant.router.endpoint)]
         members.sort(key=lambda member: (member.attendant.router.endpoint, member.attendant.worker.spec.name))
         return [self._view(member) for member in members]
 
@@ -213,9 +209,11 @@ class Fleet:
             workers = router.workers.workers()
             if not workers:
                 found.append(f"endpoint {endpoint} has no workers: add one with --worker or RegisterWorker")
-            for worker in workers:
-                if worker.state not in (WorkerState.READY, WorkerState.DRAINING):
-                    found.append(f"{worker.spec.name} is {worker.state.value}: {worker.reason}")
+            found += [
+                f"{worker.spec.name} is {worker.state.value}: {worker.reason}"
+                for worker in workers
+                if worker.state not in (WorkerState.READY, WorkerState.DRAINING)
+            ]
         for view in self.workers():
             found += [f"{view.spec.name}: {stream.status.detail}" for stream in view.streams if stream.status.detail]
         if len(self._ready_workers()) < self._min_workers:

@@ -14,9 +14,7 @@ from kvrouter_grpc.routing.workers import Worker, WorkerRegistry
 from kvrouter_grpc.types import RoutingHints, Target, WorkerState
 
 
-def why_not(
-    worker: Worker, target: Target, model: str, hints: RoutingHints, tried: Collection[Target]
-) -> str:
+def why_not(worker: Worker, target: Target, model: str, hints: RoutingHints, tried: Collection[Target]) -> str:
     """Why `target` may not take the request; "" when it may. The first reason found is given."""
     if target in tried:
         return "failed this request before its first token"
@@ -82,7 +80,9 @@ def check_model(workers: Sequence[Worker], model: str) -> None:
         )
 
 
-def none_eligible(endpoint: str, drops: Sequence[tuple[Worker, str]], hints: RoutingHints) -> NoWorkersError | PinnedWorkerUnavailableError:
+def none_eligible(
+    endpoint: str, drops: Sequence[tuple[Worker, str]], hints: RoutingHints
+) -> NoWorkersError | PinnedWorkerUnavailableError:
     """The error that says why nobody can take the request."""
     if not drops:
         return NoWorkersError(
@@ -93,7 +93,8 @@ def none_eligible(endpoint: str, drops: Sequence[tuple[Worker, str]], hints: Rou
         for worker, reason in drops:
             if worker.worker_id == hints.worker_id and reason != "not the pinned worker":
                 return PinnedWorkerUnavailableError(
-                    f"routing.worker_id: {worker.spec.name} cannot take the request ({reason}); a pin is never rerouted",
+                    f"routing.worker_id: {worker.spec.name} cannot take the request ({reason}); "
+                    "a pin is never rerouted",
                     metadata={"worker": worker.spec.name},
                 )
     reasons = "; ".join(dict.fromkeys(f"{worker.spec.name}: {reason}" for worker, reason in drops[:8]))

@@ -79,7 +79,7 @@ def _prefill_first(rows: Sequence[Row], ask: Ask, weights: Weights) -> list[tupl
     this request exceed the cache. On public conversation and agent traces k = 2 halves the mean time to first token of
     the `dynamo` cost at weight 1 and is within noise of a greedy oracle; the optimum is flat from 1 to 3.
     """
-    scored = []
+    scored: list[tuple[float, ...]] = []
     usable = max(ask.prompt_tokens - 1, 0) // ask.block_size
     request_blocks = -(-(ask.prompt_tokens + ask.expected_output_tokens) // ask.block_size)
     for row in rows:
@@ -100,7 +100,7 @@ def _dynamo(rows: Sequence[Row], ask: Ask, weights: Weights) -> list[tuple[float
     The formula of the Dynamo KV router's default selector: `raw_prefill` is the queue plus the whole prompt, `credit`
     what is cached by tier (decayed on targets whose queue is long), `decode` the blocks pinned with this request.
     """
-    scored = []
+    scored: list[tuple[float, ...]] = []
     size = ask.block_size
     request_blocks = ask.prompt_tokens // size
     shortest_queue = min((row.queued_prefill_tokens for row in rows), default=0)

@@ -51,7 +51,7 @@ class KvIndex:
         self._tree = RadixTree(block_size) if block_size else None
         self._views: dict[Target, _CacheView] = {}
         self._on_block_size = on_block_size
-        self._scratch = array("I")
+        self._depths: array[int] | None = None  # the answer of `match`, written in place
 
     @property
     def block_size(self) -> int:
@@ -145,7 +145,7 @@ class KvIndex:
             stored = waiting.pop()
             if not self._store(view, stored):
                 view.orphans.park(stored)
-            elif len(view.orphans) and self._tree is not None:
+            elif view.orphans.waiting and self._tree is not None:
                 slot = self._slot(self._tree, view, stored.tier)
                 self._tree.remove(slot, array("Q", view.orphans.take_removals(stored.hashes)))
                 waiting += view.orphans.adopt(stored.hashes)
@@ -189,11 +189,11 @@ class KvIndex:
         if slot is not None:
             self._tree.remove(slot, hashes)
 
-    @staticmethod
-    def _slot(tree: RadixTree, view: _CacheView, tier: Tier) -> int:
+    def _slot(self, tree: RadixTree, view: _CacheView, tier: Tier) -> int:
         slot = view.slots.get(tier)
         if slot is None:
             slot = view.slots[tier] = tree.add_slot()
+            self._depths = None  # too short by now
         return slot
 
     # --- questions ------------------------------------------------------------------------------------------------
@@ -210,8 +210,7 @@ class KvIndex:
         tree = self._tree
         if tree is None or not seqs:
             return [_NOTHING] * len(targets)
-        depths = tree.match(seqs, self._scratch)
-        self._scratch = depths
+        self._depths = depths = tree.match(seqs, self._depths)
         found = []
         for target in targets:
             view = self._views.get(target)

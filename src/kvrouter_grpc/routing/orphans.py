@@ -30,6 +30,11 @@ class OrphanLot:
         """Blocks parked."""
         return self._blocks
 
+    @property
+    def waiting(self) -> bool:
+        """Whether a store may concern what is, or was, parked: blocks to adopt, or removals to hand out."""
+        return bool(self._by_parent or self._removed)
+
     def park(self, event: BlocksStored) -> None:
         """Keep `event` until its parent appears.
 

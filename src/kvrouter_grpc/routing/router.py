@@ -204,9 +204,7 @@ class Router:
                 "the block size is not known yet: no worker has told it; set --router-block-size or wait for a worker"
             )
         weights, _ = self._policy(override)
-        pairs = sorted(
-            (target, worker.spec.name) for worker in self.workers.workers() for target in worker.targets
-        )
+        pairs = sorted((target, worker.spec.name) for worker in self.workers.workers() for target in worker.targets)
         seqs = self.index.sequence(prompt)
         found = self.index.overlaps(seqs, [target for target, _ in pairs])
         return OverlapScores(
@@ -310,7 +308,7 @@ class Router:
         return stream.freshness if stream is not None else 0.0
 
     def _policy(self, override: RouterOverride | None) -> tuple[Weights, Cost]:
-        weights, name = self._weights, self.config.cost
+        weights, name = self._weights, str(self.config.cost)
         if override is not None:
             name = override.cost or name
             changed = {
@@ -354,7 +352,5 @@ def _explain(
         for (worker, target), row, values, value in zip(eligible, rows, terms, costs, strict=True)
     ]
     scored.sort(key=lambda candidate: (candidate.cost or 0.0, candidate.target))
-    dropped = [
-        Candidate(target, worker.spec.name, Overlap(), None, {}, reason) for worker, target, reason in drops
-    ]
+    dropped = [Candidate(target, worker.spec.name, Overlap(), None, {}, reason) for worker, target, reason in drops]
     return (*scored, *dropped)

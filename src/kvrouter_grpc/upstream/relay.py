@@ -82,9 +82,7 @@ class Relay:
                     failure = error
                     tried.add(target)
 
-    def _send(
-        self, router: Router, request: EngineRequest, target: Target
-    ) -> AsyncGenerator[list[EngineChunk], None]:
+    def _send(self, router: Router, request: EngineRequest, target: Target) -> AsyncGenerator[list[EngineChunk], None]:
         worker = router.workers.get(target.worker_id)
         rank = target.dp_rank if worker is not None and worker.dp_size > 1 else None
         return self._client(target.worker_id).generate(request, rank)
