@@ -442,7 +442,7 @@ class RoutingHints(_message.Message):
     prefill_dp_rank: _builtins.int
     """Rank of `prefill_worker_id`."""
     decode_worker_id: _builtins.int
-    """Pin of the decode phase, used by all other endpoints. Overrides `worker_id` there."""
+    """Pin of the decode phase, used by all other endpoints. With `worker_id` given too, both name the same worker."""
     expected_output_tokens: _builtins.int
     """Tokens the answer is expected to have."""
     strict_priority: _builtins.int
@@ -630,8 +630,8 @@ class GenerateRequest(_message.Message):
     model: _builtins.str
     """Name of the model or LoRA adapter; empty for the endpoint's only base model."""
     request_id: _builtins.str
-    """The caller's name for the request, unique among those in flight, at most 256 printable ASCII characters. The
-    engine gets it as `X-Request-Id`. Made up when empty.
+    """The caller's name for the request, unique among those in flight: at most 256 printable ASCII characters without
+    spaces. The engine gets it as `X-Request-Id`. Made up when empty.
     """
     lora_name: _builtins.str
     """LoRA adapter; folded into the block hashes and sent to the engine as its model name."""
@@ -679,7 +679,7 @@ class GenerateRequest(_message.Message):
 
     @_builtins.property
     def block_mm_hashes(self) -> _containers.RepeatedCompositeFieldContainer[_common_pb2.BlockMultimodalHashes]:
-        """Multimodal objects that the prompt's placeholder tokens stand for."""
+        """Multimodal objects that the prompt's placeholder tokens stand for. Needs `token_ids`."""
 
     def __init__(
         self,
@@ -994,7 +994,7 @@ class BestWorkerIdRequest(_message.Message):
 
     @_builtins.property
     def ttl(self) -> _duration_pb2.Duration:
-        """How long the reservation lives without Free; the configured expiry when absent."""
+        """How long the reservation lives without Free, 1 s to 24 h; the configured expiry when absent. Only with `reserve`."""
 
     @_builtins.property
     def routing(self) -> Global___RoutingHints:
@@ -1081,7 +1081,7 @@ class BestWorkerIdResponse(_message.Message):
 
     @_builtins.property
     def load(self) -> Global___TargetLoad:
-        """Load of the worker without this request."""
+        """Load of the worker; a request that was reserved is part of it."""
 
     @_builtins.property
     def candidates(self) -> _containers.RepeatedCompositeFieldContainer[_common_pb2.Candidate]:

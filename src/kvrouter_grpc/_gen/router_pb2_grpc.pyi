@@ -69,7 +69,7 @@ class KvRouterStub:
     GetOverlapScores: _grpc.UnaryUnaryMultiCallable[_router_pb2.GetOverlapScoresRequest, _router_pb2.GetOverlapScoresResponse]
     """Says how many leading blocks of a prompt every worker holds, without deciding anything.
 
-    Status codes: INVALID_ARGUMENT, NOT_FOUND, FAILED_PRECONDITION (block size not known yet), INTERNAL.
+    Status codes: INVALID_ARGUMENT, NOT_FOUND, UNAVAILABLE (block size not known yet), INTERNAL.
     """
     MarkPrefillComplete: _grpc.UnaryUnaryMultiCallable[_router_pb2.MarkPrefillCompleteRequest, _router_pb2.MarkPrefillCompleteResponse]
     """Tells the router that a reserved request has its first token: its prompt no longer waits on the worker.
@@ -123,7 +123,7 @@ class KvRouterAsyncStub(KvRouterStub):
     GetOverlapScores: _aio.UnaryUnaryMultiCallable[_router_pb2.GetOverlapScoresRequest, _router_pb2.GetOverlapScoresResponse]  # type: ignore[assignment]
     """Says how many leading blocks of a prompt every worker holds, without deciding anything.
 
-    Status codes: INVALID_ARGUMENT, NOT_FOUND, FAILED_PRECONDITION (block size not known yet), INTERNAL.
+    Status codes: INVALID_ARGUMENT, NOT_FOUND, UNAVAILABLE (block size not known yet), INTERNAL.
     """
     MarkPrefillComplete: _aio.UnaryUnaryMultiCallable[_router_pb2.MarkPrefillCompleteRequest, _router_pb2.MarkPrefillCompleteResponse]  # type: ignore[assignment]
     """Tells the router that a reserved request has its first token: its prompt no longer waits on the worker.
@@ -192,7 +192,7 @@ class KvRouterServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_router_pb2.GetOverlapScoresResponse, _abc.Awaitable[_router_pb2.GetOverlapScoresResponse]]:
         """Says how many leading blocks of a prompt every worker holds, without deciding anything.
 
-        Status codes: INVALID_ARGUMENT, NOT_FOUND, FAILED_PRECONDITION (block size not known yet), INTERNAL.
+        Status codes: INVALID_ARGUMENT, NOT_FOUND, UNAVAILABLE (block size not known yet), INTERNAL.
         """
 
     @_abc_1.abstractmethod

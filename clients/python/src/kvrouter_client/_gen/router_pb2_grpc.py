@@ -113,7 +113,7 @@ class KvRouterServicer:
     def GetOverlapScores(self, request, context):
         """Says how many leading blocks of a prompt every worker holds, without deciding anything.
 
-        Status codes: INVALID_ARGUMENT, NOT_FOUND, FAILED_PRECONDITION (block size not known yet), INTERNAL.
+        Status codes: INVALID_ARGUMENT, NOT_FOUND, UNAVAILABLE (block size not known yet), INTERNAL.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

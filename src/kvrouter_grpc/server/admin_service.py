@@ -1,0 +1,90 @@
+"""The service KvRouterAdmin: validate, call, convert."""
+
+from collections.abc import Mapping
+from typing import cast
+
+from kvrouter_grpc._gen import admin_pb2, admin_pb2_grpc
+from kvrouter_grpc.discovery.fleet import Fleet
+from kvrouter_grpc.routing.router import Router
+from kvrouter_grpc.server import duration
+from kvrouter_grpc.server.boundary import Context
+from kvrouter_grpc.server.endpoints import Endpoints
+from kvrouter_grpc.server.violations import Violations
+from kvrouter_grpc.server.worker_messages import index_stats, read_spec, worker_loads, worker_status
+from kvrouter_grpc.types import WorkerSpec
+
+
+class AdminService(admin_pb2_grpc.KvRouterAdminServicer):
+    """Serves KvRouterAdmin.
+
+    Args:
+        routers: Endpoint to router.
+        fleet: The workers.
+    """
+
+    def __init__(self, routers: Mapping[str, Router], fleet: Fleet) -> None:
+        self._endpoints = Endpoints(routers)
+        self._fleet = fleet
+
+    async def ListWorkers(  # noqa: N802 - the names of the rpcs, here and below
+        self, request: admin_pb2.ListWorkersRequest, _context: Context
+    ) -> admin_pb2.ListWorkersResponse:
+        """See the contract."""
+        routers = self._endpoints.some(request.endpoint)
+        return admin_pb2.ListWorkersResponse(
+            workers=[worker_status(view) for router in routers for view in self._fleet.workers(router.endpoint)],
+            ready=self._fleet.ready,
+            findings=self._fleet.findings(),
+        )
+
+    async def RegisterWorker(  # noqa: N802
+        self, request: admin_pb2.RegisterWorkerRequest, _context: Context
+    ) -> admin_pb2.RegisterWorkerResponse:
+        """See the contract."""
+        violations = Violations()
+        endpoint = self._endpoints.one(request.spec.endpoint).endpoint
+        spec = read_spec(request.spec, endpoint, violations)
+        ttl_s = duration.read("ttl", request.ttl, violations) if request.HasField("ttl") else None
+        violations.raise_if_any()
+        return admin_pb2.RegisterWorkerResponse(worker_id=self._fleet.register(cast("WorkerSpec", spec), ttl_s))
+
+    async def RenewWorker(  # noqa: N802
+        self, request: admin_pb2.RenewWorkerRequest, _context: Context
+    ) -> admin_pb2.RenewWorkerResponse:
+        """See the contract."""
+        _check_name(request.name)
+        response = admin_pb2.RenewWorkerResponse()
+        duration.write(response.ttl, self._fleet.renew(request.name))
+        return response
+
+    async def DeregisterWorker(  # noqa: N802
+        self, request: admin_pb2.DeregisterWorkerRequest, _context: Context
+    ) -> admin_pb2.DeregisterWorkerResponse:
+        """See the contract."""
+        _check_name(request.name)
+        self._fleet.deregister(request.name)
+        return admin_pb2.DeregisterWorkerResponse()
+
+    async def DrainWorker(  # noqa: N802
+        self, request: admin_pb2.DrainWorkerRequest, _context: Context
+    ) -> admin_pb2.DrainWorkerResponse:
+        """See the contract."""
+        _check_name(request.name)
+        return admin_pb2.DrainWorkerResponse(active_requests=self._fleet.drain(request.name, request.undo))
+
+    async def GetLoads(  # noqa: N802
+        self, request: admin_pb2.GetLoadsRequest, _context: Context
+    ) -> admin_pb2.GetLoadsResponse:
+        """See the contract."""
+        response = admin_pb2.GetLoadsResponse()
+        for router in self._endpoints.some(request.endpoint):
+            response.loads.extend(worker_loads(self._fleet.workers(router.endpoint), router))
+            response.indexes.append(index_stats(router))
+        return response
+
+
+def _check_name(name: str) -> None:
+    violations = Violations()
+    if not name:
+        violations.add("name", "is empty; name the worker")
+    violations.raise_if_any()

@@ -1,0 +1,171 @@
+"""Writes the replies of the request path."""
+
+from collections.abc import Iterable, Sequence
+
+import msgspec
+
+from kvrouter_grpc._gen import common_pb2, router_pb2
+from kvrouter_grpc.routing.loads import TargetLoad
+from kvrouter_grpc.routing.router import OverlapScores
+from kvrouter_grpc.types import Candidate, Decision, EngineChunk, Overlap, TokenLogprob
+
+FINISH_REASONS = {
+    "stop": router_pb2.FINISH_REASON_STOP,
+    "length": router_pb2.FINISH_REASON_LENGTH,
+    "abort": router_pb2.FINISH_REASON_CANCELLED,
+    "error": router_pb2.FINISH_REASON_ERROR,
+    "content_filter": router_pb2.FINISH_REASON_CONTENT_FILTER,
+    "repetition": router_pb2.FINISH_REASON_REPETITION,
+}
+
+
+def routing_data(decision: Decision, request_id: str, attempts: int) -> router_pb2.RoutingData:
+    """The decision behind a stream."""
+    return router_pb2.RoutingData(
+        worker_id=decision.target.worker_id,
+        dp_rank=decision.target.dp_rank,
+        worker_name=decision.worker_name,
+        overlap=overlap_message(decision.overlap),
+        expected_cached_tokens=decision.expected_cached_tokens,
+        prompt_tokens=decision.prompt_tokens,
+        attempts=attempts,
+        freshness=decision.freshness,
+        request_id=request_id,
+    )
+
+
+def best_worker_reply(decision: Decision, load: TargetLoad) -> router_pb2.BestWorkerIdResponse:
+    """The decision and the load of its target."""
+    return router_pb2.BestWorkerIdResponse(
+        worker_id=decision.target.worker_id,
+        dp_rank=decision.target.dp_rank,
+        worker_name=decision.worker_name,
+        url=decision.url,
+        overlap=overlap_message(decision.overlap),
+        overlap_blocks=decision.overlap.total,
+        expected_cached_tokens=decision.expected_cached_tokens,
+        prompt_tokens=decision.prompt_tokens,
+        block_size=decision.block_size,
+        cost=decision.cost,
+        freshness=decision.freshness,
+        load=router_pb2.TargetLoad(
+            active_requests=load.active_requests,
+            queued_prefill_tokens=load.queued_prefill_tokens,
+            active_blocks=load.active_blocks,
+        ),
+        candidates=[candidate_message(candidate) for candidate in decision.candidates],
+    )
+
+
+def candidate_message(candidate: Candidate) -> common_pb2.Candidate:
+    """One target as the decision saw it."""
+    return common_pb2.Candidate(
+        worker_id=candidate.target.worker_id,
+        dp_rank=candidate.target.dp_rank,
+        worker_name=candidate.worker_name,
+        overlap=overlap_message(candidate.overlap),
+        cost=candidate.cost,
+        terms=[common_pb2.CostTerm(name=name, value=value) for name, value in candidate.terms.items()],
+        dropped=candidate.dropped,
+    )
+
+
+def overlap_message(overlap: Overlap) -> common_pb2.Overlap:
+    """Blocks by tier."""
+    return common_pb2.Overlap(
+        device_blocks=overlap.device,
+        host_blocks=overlap.host,
+        disk_blocks=overlap.disk,
+        remote_blocks=overlap.remote,
+    )
+
+
+def overlap_scores_reply(scores: OverlapScores) -> router_pb2.GetOverlapScoresResponse:
+    """What every target holds; the contract counts the tiers both cumulatively and alone."""
+    return router_pb2.GetOverlapScoresResponse(
+        block_size=scores.block_size,
+        num_blocks=scores.num_blocks,
+        workers=[
+            router_pb2.OverlapScore(
+                worker_id=entry.target.worker_id,
+                dp_rank=entry.target.dp_rank,
+                worker_name=entry.worker_name,
+                device_blocks=entry.overlap.device,
+                host_pinned_blocks=entry.overlap.device + entry.overlap.host,
+                disk_blocks=entry.overlap.device + entry.overlap.host + entry.overlap.disk,
+                host_pinned_extension_blocks=entry.overlap.host,
+                disk_extension_blocks=entry.overlap.disk,
+                shared_beyond_device_blocks=entry.overlap.remote,
+                router_credit_blocks=entry.credit_blocks,
+                freshness=entry.freshness,
+            )
+            for entry in sorted(scores.targets, key=lambda entry: entry.target)
+        ],
+    )
+
+
+class AnswerWriter:
+    """Turns the chunks of one answer stream into messages.
+
+    Chunks that arrived together become one message per answer: nothing is lost but the running totals in
+    between, and a stream under load costs far fewer messages.
+    """
+
+    def __init__(self) -> None:
+        self._cum_log_probs: dict[int, float] = {}  # by index of the answer
+
+    def write(self, chunks: Iterable[EngineChunk]) -> list[router_pb2.GenerateResponse]:
+        """Give the messages for chunks that arrived together."""
+        messages: dict[int, router_pb2.GenerateResponse] = {}
+        usage = None
+        for chunk in chunks:
+            usage = chunk.usage or usage
+            if _is_bare_usage(chunk) and messages:
+                continue
+            message = messages.get(chunk.index)
+            if message is None:
+                message = messages[chunk.index] = router_pb2.GenerateResponse(index=chunk.index)
+            self._append(message, chunk)
+        if usage is not None:
+            # The totals are over all answers, so they belong to the step as a whole: its last message.
+            last = next(reversed(messages.values()))
+            last.usage.prompt_tokens = usage.prompt_tokens
+            last.usage.completion_tokens = usage.completion_tokens
+            if usage.cached_tokens is not None:
+                last.usage.cached_tokens = usage.cached_tokens
+        return list(messages.values())
+
+    def _append(self, message: router_pb2.GenerateResponse, chunk: EngineChunk) -> None:
+        message.token_ids.extend(chunk.token_ids)
+        if chunk.text:
+            message.text += chunk.text
+        if chunk.logprobs:
+            message.log_probs.extend(_log_probs(chunk.logprobs))
+            total = self._cum_log_probs.get(chunk.index, 0.0) + sum(entry.logprob for entry in chunk.logprobs)
+            message.cum_log_prob = self._cum_log_probs[chunk.index] = total
+        for step in chunk.top_logprobs:
+            message.top_logprobs.add(candidates=_log_probs(step))
+        if chunk.finish_reason is not None:
+            # A reason that is not in the table ended the answer too, and not as a caller could expect.
+            message.finish_reason = FINISH_REASONS.get(chunk.finish_reason, router_pb2.FINISH_REASON_ERROR)
+        if isinstance(chunk.stop_reason, str):
+            message.stop_string = chunk.stop_reason
+        elif chunk.stop_reason is not None:
+            message.stop_token_id = chunk.stop_reason
+        if chunk.kv_transfer_params is not None:
+            message.kv_transfer_params_json = msgspec.json.encode(chunk.kv_transfer_params).decode()
+        if chunk.prompt_logprobs is not None:
+            extra = {"prompt_logprobs": chunk.prompt_logprobs}
+            message.extra_args_json = msgspec.json.encode(extra).decode()
+
+
+def _is_bare_usage(chunk: EngineChunk) -> bool:
+    content = (chunk.token_ids, chunk.text, chunk.finish_reason, chunk.logprobs, chunk.prompt_logprobs)
+    return not any(content) and chunk.kv_transfer_params is None
+
+
+def _log_probs(entries: Sequence[TokenLogprob]) -> list[router_pb2.TokenLogprob]:
+    return [
+        router_pb2.TokenLogprob(token_id=entry.token_id, token=entry.token, logprob=entry.logprob, rank=entry.rank)
+        for entry in entries
+    ]

@@ -1,0 +1,64 @@
+"""Text to token ids, with the model's own tokenizer."""
+
+import asyncio
+from array import array
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from kvrouter_grpc.errors import ConfigError, OverloadedError
+
+THREADS = 2  # tokenizers work outside the interpreter's lock; more threads would only take cores from the router
+MAX_WAITING = 256
+
+
+class Tokenizer:
+    """A Hugging Face tokenizer in threads of its own, so that long texts do not hold up the event loop.
+
+    Args:
+        path: Directory or file of the tokenizer, as `transformers.AutoTokenizer` reads it.
+
+    Raises:
+        ConfigError: The extra is not installed, or nothing usable is at the path.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._encode = _load(path)
+        self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="tokenizer")
+        self._waiting = 0
+
+    async def encode(self, text: str) -> "array[int]":
+        """The token ids of a prompt, with the special tokens that vLLM's completions API would add.
+
+        Raises:
+            OverloadedError: Too many texts wait.
+        """
+        if self._waiting >= MAX_WAITING:
+            raise OverloadedError("too many prompts wait for the tokenizer; send token_ids, or retry later")
+        self._waiting += 1
+        work = self._threads.submit(self._encode, text)
+        loop = asyncio.get_running_loop()
+        # Counted until the thread is done: a caller that went away does not shorten the queue.
+        work.add_done_callback(lambda _: loop.call_soon_threadsafe(self._done))
+        return await asyncio.wrap_future(work)
+
+    def close(self) -> None:
+        """Stop the threads after the text in hand."""
+        self._threads.shutdown(wait=False, cancel_futures=True)
+
+    def _done(self) -> None:
+        self._waiting -= 1
+
+
+def _load(path: Path) -> Any:
+    try:
+        from transformers import AutoTokenizer  # noqa: PLC0415 - an extra, and slow to import
+    except ImportError as error:
+        raise ConfigError(
+            ["server.tokenizer: text prompts need the extra: pip install 'kvrouter-grpc[tokenizer]'"]
+        ) from error
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # the library raises nearly anything
+        raise ConfigError([f"server.tokenizer: nothing that transformers reads as a tokenizer is at {path}"]) from error
+    return lambda text: array("I", tokenizer(text, add_special_tokens=True)["input_ids"])
