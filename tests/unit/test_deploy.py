@@ -115,7 +115,7 @@ def test_selectors_match_the_pods(workload: Resource) -> None:
 
 @WORKLOADS
 def test_no_pod_has_a_token_or_service_links(workload: Resource) -> None:
-    # Service links inject KVROUTER_PORT and VLLM_PORT, which both programs read as settings.
+    # Service links inject VLLM_PORT, which vLLM reads as a setting, and KVROUTER_PORT, which looks like one.
     assert pod(workload)["automountServiceAccountToken"] is False
     assert pod(workload)["enableServiceLinks"] is False
     assert (
