@@ -145,9 +145,7 @@ class _Draft:
 
     def _values_of(self, section: str) -> dict[str, Any]:
         prefix = f"{section}."
-        return {
-            path.removeprefix(prefix): value for path, value in self.values.items() if path.startswith(prefix)
-        }
+        return {path.removeprefix(prefix): value for path, value in self.values.items() if path.startswith(prefix)}
 
     def _endpoints(self) -> tuple[str, ...]:
         endpoints: tuple[str, ...] = self.values.get("endpoints", ())

@@ -47,9 +47,7 @@ class Config(Section):
         """Check that names are unique and that workers belong to an endpoint served here."""
         for endpoint, count in Counter(self.endpoints).items():
             if count > 1:
-                yield Contradiction(
-                    ("endpoints",), f"endpoint {endpoint} is given {count} times: give it once."
-                )
+                yield Contradiction(("endpoints",), f"endpoint {endpoint} is given {count} times: give it once.")
         for name, count in Counter(worker.name for worker in self.workers).items():
             if count > 1:
                 yield Contradiction(

@@ -62,9 +62,7 @@ class PendingRouterConfig(Section):
         None,
         "Leave out workers with more prefill tokens than this fraction of their batch budget.",
         ge=0,
-        names=Names(
-            flag="--active-prefill-tokens-threshold-frac", env=("DYN_ACTIVE_PREFILL_TOKENS_THRESHOLD_FRAC",)
-        ),
+        names=Names(flag="--active-prefill-tokens-threshold-frac", env=("DYN_ACTIVE_PREFILL_TOKENS_THRESHOLD_FRAC",)),
     )
     session_affinity_ttl_secs: float | None = setting(
         None, "Keep a session on its worker until it was idle for this many seconds.", gt=0
@@ -79,6 +77,12 @@ class PendingRouterConfig(Section):
     predict_on_route: bool = setting(False, "Earlier name of predicted-ttl-secs.")
     max_tree_size: int = setting(1 << 20, "Predicted blocks at which pruning starts.", ge=1)
     prune_target_ratio: float = setting(0.8, "Part of max-tree-size that pruning leaves.", gt=0, le=1)
+
+    # The load model.
+    track_output_blocks: bool = setting(
+        False,
+        "Count the blocks that running requests generate, too.",
+    )
 
     # State shared between replicas.
     replica_sync: bool = setting(False, "Share the booked load between router replicas.")
@@ -116,27 +120,19 @@ class PendingRouterConfig(Section):
     )
 
     # Prefill performance model.
-    prefill_load_model: Literal["none", "aic"] = setting(
-        "none", "Model that predicts how long a prefill takes."
-    )
-    aic_backend: str | None = setting(
-        None, "Engine of the performance model.", names=Names(flag="--aic-backend")
-    )
+    prefill_load_model: Literal["none", "aic"] = setting("none", "Model that predicts how long a prefill takes.")
+    aic_backend: str | None = setting(None, "Engine of the performance model.", names=Names(flag="--aic-backend"))
     aic_backend_version: str | None = setting(
         None, "Engine version of the performance model.", names=Names(flag="--aic-backend-version")
     )
     aic_system: str | None = setting(None, "GPU of the performance model.", names=Names(flag="--aic-system"))
-    aic_model_path: str | None = setting(
-        None, "Model of the performance model.", names=Names(flag="--aic-model-path")
-    )
+    aic_model_path: str | None = setting(None, "Model of the performance model.", names=Names(flag="--aic-model-path"))
     aic_tp_size: int | None = setting(
         None, "Tensor parallelism of the performance model.", ge=1, names=Names(flag="--aic-tp-size")
     )
 
     # What this design does without.
-    event_threads: int = setting(
-        4, "Threads that apply KV events. This router applies them on its event loop.", ge=1
-    )
+    event_threads: int = setting(4, "Threads that apply KV events. This router applies them on its event loop.", ge=1)
     tracking_hash: Literal["public-xxh3-v1", "keyed-xxh3-v1"] = setting(
         "public-xxh3-v1", "Hash that names blocks in the load shared between replicas."
     )

@@ -23,9 +23,7 @@ class RouterConfig(PendingRouterConfig):
     Except: `mode` starts as kv, `block_size` is learned from the workers, and `cost` names the formula.
     """
 
-    mode: Mode = setting(
-        "kv", "Choose by cached prefix and load (kv), in turn (round-robin) or by chance (random)."
-    )
+    mode: Mode = setting("kv", "Choose by cached prefix and load (kv), in turn (round-robin) or by chance (random).")
     block_size: int | None = setting(
         None,
         "Tokens per KV block. None learns it from the workers; a number must equal the engines' "
@@ -92,10 +90,6 @@ class RouterConfig(PendingRouterConfig):
     track_active_blocks: bool = setting(
         True,
         "Count the blocks of running requests as load. Off suits prefill-only workers.",
-    )
-    track_output_blocks: bool = setting(
-        False,
-        "Count the blocks that running requests generate, too.",
     )
     track_prefill_tokens: bool = setting(
         True,

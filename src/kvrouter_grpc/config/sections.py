@@ -59,8 +59,7 @@ class ServerConfig(Section):
     )
     max_connection_age_s: float | None = setting(
         600.0,
-        "Ask clients to reconnect after this many seconds, so that they spread over new replicas; none never "
-        "does.",
+        "Ask clients to reconnect after this many seconds, so that they spread over new replicas; none never does.",
         ge=1,
         le=604_800,
     )
@@ -70,9 +69,7 @@ class ServerConfig(Section):
         ge=1,
         le=604_800,
     )
-    keepalive_time_s: float = setting(
-        30.0, "Ping a client that has been silent for this many seconds.", ge=1, le=7200
-    )
+    keepalive_time_s: float = setting(30.0, "Ping a client that has been silent for this many seconds.", ge=1, le=7200)
     keepalive_timeout_s: float = setting(
         10.0, "Close the connection when a ping stays unanswered for this many seconds.", ge=0.1, le=600
     )
@@ -112,17 +109,12 @@ class ServerConfig(Section):
     )
     tokenizer: Annotated[Path, AfterValidator(_tokenizer)] | None = setting(
         None,
-        "Path of a Hugging Face tokenizer, to accept prompts as text. Needs the extra "
-        "kvrouter-grpc[tokenizer].",
+        "Path of a Hugging Face tokenizer, to accept prompts as text. Needs the extra kvrouter-grpc[tokenizer].",
     )
 
     def contradictions(self) -> Iterator[Contradiction]:
         """Check the two addresses, the drain and the room for the longest prompt."""
-        if (
-            self.admin_listen is not None
-            and self.admin_listen == self.listen
-            and split_host_port(self.listen)[1]
-        ):
+        if self.admin_listen is not None and self.admin_listen == self.listen and split_host_port(self.listen)[1]:
             yield Contradiction(
                 ("listen", "admin_listen"),
                 f"listen and admin-listen are both {self.listen}: give admin-listen its own port, or leave "
@@ -169,9 +161,7 @@ class EventsConfig(Section):
         le=10_000_000,
     )
     reconnect_ms: int = setting(100, "First wait before reconnecting to a publisher.", ge=1, le=60_000)
-    reconnect_max_ms: int = setting(
-        5000, "Longest wait before reconnecting to a publisher.", ge=1, le=600_000
-    )
+    reconnect_max_ms: int = setting(5000, "Longest wait before reconnecting to a publisher.", ge=1, le=600_000)
     stale_after_replays: int = setting(
         8, "Failed replays in a row after which a stream counts as stale.", ge=1, le=1000
     )
@@ -200,18 +190,14 @@ class UpstreamConfig(Section):
     )
     inter_token_timeout_s: float = setting(60.0, "Longest silence between two tokens.", gt=0, le=86_400)
     health_interval_s: float = setting(0.5, "Seconds between two health checks of a worker.", gt=0, le=300)
-    health_timeout_s: float = setting(
-        1.0, "A health check without an answer by then has failed.", gt=0, le=300
-    )
+    health_timeout_s: float = setting(1.0, "A health check without an answer by then has failed.", gt=0, le=300)
     retries: int = setting(
         2,
         "Other workers to try when one fails before its first token; after it nothing is retried.",
         ge=0,
         le=10,
     )
-    max_response_bytes: int = setting(
-        16 * MIB, "Largest single event of an engine's stream.", ge=1024, le=1024 * MIB
-    )
+    max_response_bytes: int = setting(16 * MIB, "Largest single event of an engine's stream.", ge=1024, le=1024 * MIB)
 
 
 class LogConfig(Section):

@@ -25,8 +25,14 @@ _PLAIN: dict[Any, str] = {
     str: "a text",
     Path: "a path",
 }
-_RELATIONS = ((Ge, "ge", "from"), (Gt, "gt", "above"), (Le, "le", "up to"), (Lt, "lt", "below"))
+_RELATIONS = ((Ge, "ge", "of at least"), (Gt, "gt", "above"), (Le, "le", "up to"), (Lt, "lt", "below"))
 _SHOWN = 80  # characters of a bad value that a message repeats
+
+
+def shown(value: Any) -> str:
+    """A value as messages repeat it: printable and short."""
+    text = repr(value)
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
 
 
 @dataclass(frozen=True)
@@ -147,14 +153,10 @@ class Setting:
         if not words and get_origin(kind) is Literal:
             words = " or ".join(", ".join(get_args(kind)).rsplit(", ", 1))
         words = words or _PLAIN.get(kind, "a text")
-        bounds = [
-            f"{words_of} {getattr(item, attribute)}"
-            for relation, attribute, words_of in _RELATIONS
-            for item in metadata
-            if isinstance(item, relation)
-        ]
-        if bounds:
-            words += " " + " ".join(bounds)
+        for relation, attribute, how in _RELATIONS:
+            for item in metadata:
+                if isinstance(item, relation):
+                    words += f" {how} {getattr(item, attribute)}"
         return f"{words}, or none" if optional else words
 
     @cached_property
@@ -207,10 +209,7 @@ class Setting:
             detail = "".join(sorted(causes))
         except (TypeError, ValueError, RecursionError):  # JSON has no such value
             detail = ""
-        shown = repr(value)
-        if len(shown) > _SHOWN:
-            shown = f"{shown[:_SHOWN]}..."
-        raise ValueError(f"{shown} is not usable; write {self.syntax}{detail}")
+        raise ValueError(f"{shown(value)} is not usable; write {self.syntax}{detail}")
 
 
 SECTIONS: Mapping[str, type[Section]] = {

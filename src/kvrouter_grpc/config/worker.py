@@ -65,8 +65,7 @@ class WorkerEntry(Section):
     url: Url = setting(..., "http://host:port of the engine's OpenAI-compatible server.")
     name: Annotated[str, AfterValidator(_name)] | None = setting(
         None,
-        "Unique and stable, for example the pod's name: worker ids derive from it. Default: host:port of "
-        "the url.",
+        "Unique and stable, for example the pod's name: worker ids derive from it. Default: host:port of the url.",
     )
     endpoint: Endpoint | None = setting(
         None,

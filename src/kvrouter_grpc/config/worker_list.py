@@ -4,7 +4,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from kvrouter_grpc.config.settings import WORKER_SETTINGS
+from kvrouter_grpc.config.settings import WORKER_SETTINGS, shown
 from kvrouter_grpc.config.source import did_you_mean, keys, read_yaml
 from kvrouter_grpc.config.worker import WorkerEntry
 from kvrouter_grpc.errors import ConfigError
@@ -51,7 +51,7 @@ def _parse_text(text: str, origin: str) -> WorkerEntry:
     for part in text.split(","):
         key, separator, value = part.partition("=")
         if not separator:
-            raise ConfigError([f"{origin}: {part!r} is not key=value; write url=http://host:port,name=..."])
+            raise ConfigError([f"{origin}: {shown(part)} is not key=value; write url=http://host:port,name=..."])
         pairs.append((key.strip().replace("-", "_"), value.strip()))
     return parse_entry(pairs, text=True, origin=origin)
 
@@ -68,7 +68,7 @@ def parse_entries(raw: Any, origin: str, *, text: bool) -> list[WorkerEntry]:
         raise ConfigError([f"{origin}: {len(raw)} workers are more than {MAX_WORKERS}"])
     entries, faults = [], []
     for number, item in enumerate(raw):
-        here = f"{origin} {item}" if text else f"{origin}[{number}]"
+        here = f"{origin} {shown(item)}" if text else f"{origin}[{number}]"
         try:
             if isinstance(item, str):
                 entries.append(_parse_text(item, here))
