@@ -22,7 +22,7 @@ def hash_blocks(
     block_size: int,
     seed: int = 1337,
     mm_hashes: Mapping[int, Sequence[int]] | None = None,
-) -> "array[int]":
+) -> array[int]:
     """Local hashes of the full blocks of a prompt; the partial tail is dropped.
 
     Args:
@@ -44,8 +44,8 @@ def hash_sequence(
     block_size: int,
     seed: int = 1337,
     mm_hashes: Mapping[int, Sequence[int]] | None = None,
-) -> "array[int]":
+) -> array[int]:
     """Sequence hashes of the full blocks: `sequence_hashes(hash_blocks(...))` in one pass."""
 
-def sequence_hashes(local_hashes: Buffer) -> "array[int]":
+def sequence_hashes(local_hashes: Buffer) -> array[int]:
     """Chains local hashes (a C-contiguous buffer of u64) into sequence hashes, `array("Q")` of the same length."""

@@ -101,7 +101,7 @@ class RadixTree:
     def position(self, slot: int, engine_hash: int) -> tuple[int, int] | None:
         """(sequence hash, number of blocks before it) of an engine hash; None if the slot does not hold it."""
 
-    def match(self, seqs: Buffer, out: "array[int] | None" = None) -> "array[int]":
+    def match(self, seqs: Buffer, out: array[int] | None = None) -> array[int]:
         """For every slot the length of the longest prefix all of whose blocks it holds.
 
         Args:

@@ -48,6 +48,12 @@ cdef inline int _grow_ids(Meter* meter, Runs* runs) noexcept nogil:
     return 0
 
 
+cdef inline void _drop_ids(Meter* meter, Runs* runs) noexcept nogil:
+    if runs.count == 0:
+        release(meter, runs.byid, runs.capacity * sizeof(Run*))
+        memset(runs, 0, sizeof(Runs))
+
+
 cdef inline Run* run_new(
     Meter* meter, Runs* runs, uint32_t depth, uint64_t seed, const uint64_t* hashes, uint32_t length
 ) noexcept nogil:
@@ -57,11 +63,13 @@ cdef inline Run* run_new(
         return NULL
     run = <Run*>resize(meter, NULL, 0, sizeof(Run))
     if run == NULL:
+        _drop_ids(meter, runs)
         return NULL
     memset(run, 0, sizeof(Run))
     run.hashes = <uint64_t*>resize(meter, NULL, 0, length * sizeof(uint64_t))
     if run.hashes == NULL:
         release(meter, run, sizeof(Run))
+        _drop_ids(meter, runs)
         return NULL
     memcpy(run.hashes, hashes, length * sizeof(uint64_t))
     run.length = run.capacity = length
@@ -82,9 +90,7 @@ cdef inline void run_free(Meter* meter, Runs* runs, Run* run) noexcept nogil:
     release(meter, run.hashes, run.capacity * sizeof(uint64_t))
     release(meter, run.edges, run.edge_capacity * sizeof(Edge*))
     release(meter, run, sizeof(Run))
-    if runs.count == 0:
-        release(meter, runs.byid, runs.capacity * sizeof(Run*))
-        memset(runs, 0, sizeof(Runs))
+    _drop_ids(meter, runs)
 
 
 cdef inline int run_append(Meter* meter, Run* run, const uint64_t* hashes, uint32_t count) noexcept nogil:

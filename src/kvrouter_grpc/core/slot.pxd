@@ -139,7 +139,10 @@ cdef inline int _move(
             return -1
         moves.places = places
         moves.capacity = capacity
-    if cover_room(&tree.meter, old_edge, old_at) or _gain(tree, slot, edge, at, block):
+    if cover_room(&tree.meter, old_edge, old_at):
+        return -1
+    if _gain(tree, slot, edge, at, block):
+        cover_tidy(&tree.meter, old_edge, old_at)
         return -1
     if not _drop_alias(tree, slot, old_place):
         cover_release(old_edge, old_at, old_block)
@@ -289,6 +292,7 @@ cdef inline int64_t slot_copy(
             tree_settle(tree, edge, slot_id)
             failed = -1
             break
+        cover_tidy(&tree.meter, edge, <uint32_t>at)
         known += 1
     _settle_moves(tree, slot_id, &moves)
     table_shrink(&tree.meter, &slot.names)

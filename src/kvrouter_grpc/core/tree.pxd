@@ -119,11 +119,11 @@ cdef inline Edge* tree_branch(
     if table_reserve(&tree.meter, &tree.children, 1):
         return NULL
     run = run_new(&tree.meter, &tree.runs, depth, seed if parent == NULL else parent.run.seed, seqs, length)
-    if run == NULL:
-        return NULL
-    edge = _edge_new(tree, run, parent, 0, length)
+    edge = NULL if run == NULL else _edge_new(tree, run, parent, 0, length)
     if edge == NULL:
-        run_free(&tree.meter, &tree.runs, run)
+        if run != NULL:
+            run_free(&tree.meter, &tree.runs, run)
+        table_shrink(&tree.meter, &tree.children)
         return NULL
     run.only = edge
     run.count = 1
