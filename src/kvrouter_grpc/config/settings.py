@@ -1,6 +1,7 @@
 """Every setting with all its names: the one table behind flags, environment, YAML keys and docs."""
 
 import json
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -33,6 +34,11 @@ def shown(value: Any) -> str:
     """A value as messages repeat it: printable and short."""
     text = repr(value)
     return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
+
+
+def shown_name(name: str) -> str:
+    """An unknown name as messages repeat it: as it is, unless a terminal would not print it so."""
+    return name if name.isprintable() and len(name) <= _SHOWN else shown(name)
 
 
 @dataclass(frozen=True)
@@ -157,6 +163,7 @@ class Setting:
             for item in metadata:
                 if isinstance(item, relation):
                     words += f" {how} {getattr(item, attribute)}"
+        words = re.sub(r"of at least (\S+) up to", r"from \1 to", words)
         return f"{words}, or none" if optional else words
 
     @cached_property

@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from kvrouter_grpc.config.settings import SECTIONS, SETTINGS, Setting
+from kvrouter_grpc.config.settings import SECTIONS, SETTINGS, Setting, shown_name
 
 CONFIG_ENV = "KVROUTER_CONFIG"  # names the YAML file; read by the command line
 MAX_FILE_BYTES = 4 << 20
@@ -62,7 +62,7 @@ def from_flags(flags: Mapping[str, FlagValue]) -> Source:
     legacy = {flag: (setting, True) for setting in SETTINGS.values() for flag in setting.legacy_flags}
     for flag, value in flags.items():
         if flag not in known and flag not in legacy:
-            source.faults.append(f"flag {flag} is unknown{did_you_mean(flag, known)}")
+            source.faults.append(f"flag {shown_name(flag)} is unknown{did_you_mean(flag, known)}")
             continue
         setting, deprecated = known.get(flag) or legacy[flag]
         typed = flag.replace("--", "--no-", 1) if value is False else flag
@@ -87,9 +87,9 @@ def from_env(env: Mapping[str, str]) -> Source:
         elif not _SERVICE_LINK.fullmatch(f"{name}={value}"):
             hint = did_you_mean(name, known)
             if hint or name.startswith(("DYN_ROUTER_", *sections)):
-                source.faults.append(f"environment {name} is not a setting{hint}")
+                source.faults.append(f"environment {shown_name(name)} is not a setting{hint}")
             else:
-                source.warnings.append(f"environment {name} is not a setting: ignored.")
+                source.warnings.append(f"environment {shown_name(name)} is not a setting: ignored.")
     return source
 
 
@@ -165,7 +165,7 @@ def from_yaml(path: Path) -> Source:
         setting = SETTINGS.get(name)
         if setting is None:
             hint = did_you_mean(name, [*SETTINGS, *SECTIONS]).replace("_", "-")
-            source.faults.append(f"{path}: {name.replace('_', '-')} is not a setting{hint}")
+            source.faults.append(f"{path}: {shown_name(name.replace('_', '-'))} is not a setting{hint}")
         else:
             source.given.append(Given(setting, value, f"{path}: {setting.key}", text=False))
     return source

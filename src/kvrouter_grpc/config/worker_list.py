@@ -4,7 +4,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from kvrouter_grpc.config.settings import WORKER_SETTINGS, shown
+from kvrouter_grpc.config.settings import WORKER_SETTINGS, shown, shown_name
 from kvrouter_grpc.config.source import did_you_mean, keys, read_yaml
 from kvrouter_grpc.config.worker import WorkerEntry
 from kvrouter_grpc.errors import ConfigError
@@ -30,7 +30,7 @@ def parse_entry(pairs: Iterable[tuple[str, Any]], *, text: bool, origin: str) ->
         setting = WORKER_SETTINGS.get(name)
         if setting is None:
             hint = did_you_mean(name, WORKER_SETTINGS).replace("_", "-")
-            faults.append(f"{origin}: {name.replace('_', '-')} is not a key of a worker{hint}")
+            faults.append(f"{origin}: {shown_name(name.replace('_', '-'))} is not a key of a worker{hint}")
         elif name in values:
             faults.append(f"{origin}: {setting.key} is given twice")
         else:
