@@ -27,7 +27,7 @@ class BlockTable:
     """
 
     tokens: list[int]
-    scope: CacheScope = CacheScope()
+    scope: CacheScope = field(default_factory=CacheScope)
     session_id: str | None = None
     blocks: list[int] = field(default_factory=list)
     hashes: list[bytes] = field(default_factory=list)

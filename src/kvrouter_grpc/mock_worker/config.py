@@ -46,6 +46,7 @@ class MockWorkerConfig:
         kv_event_sources: Serve `GET /kv_event_sources`; older versions answer 404.
         prompt_tokens_details: Report `cached_tokens`, like `--enable-prompt-tokens-details`.
         kv_transfer: Act on `kv_transfer_params` like an engine with a NIXL connector; without one they are ignored.
+        advertise_host: Where other workers reach this one; by default `host`, or the host name for a wildcard.
         kv_transfer_timeout_s: Seconds a prefilled request's blocks wait for the decode worker.
         prefill_tokens_per_s: Prompt tokens computed per second.
         itl_ms: Milliseconds per decoding step.
@@ -82,6 +83,7 @@ class MockWorkerConfig:
     kv_event_sources: bool = True
     prompt_tokens_details: bool = True
     kv_transfer: bool = False
+    advertise_host: str = ""
     kv_transfer_timeout_s: float = 480.0
     prefill_tokens_per_s: float = 16_000.0
     itl_ms: float = 15.0
@@ -97,7 +99,9 @@ class MockWorkerConfig:
         Raises:
             ConfigError: With every fault that was found.
         """
-        faults = [f"{name} must be at least {least}, got {value}" for name, value, least in self._floors() if value < least]
+        faults = [
+            f"{name} must be at least {least}, got {value}" for name, value, least in self._floors() if value < least
+        ]
         if self.vocab_size <= FIRST_WORD_TOKEN:
             faults.append(f"vocab_size must be above {FIRST_WORD_TOKEN}, got {self.vocab_size}")
         for name, port in (("port", self.port), ("events_port", self.events_port), ("replay_port", self.replay_port)):

@@ -41,6 +41,7 @@ class Sequence:
         rules: When it ends.
         walk: Its answer.
         notify: Called with it whenever it has new tokens or has ended.
+        index: Which choice of its request it is.
         arrived: When it came, in the engine's clock (seconds).
         report_hits: Store events for reused blocks, too.
         remote_tokens: Prompt tokens whose KV another worker has computed and sent.
@@ -56,6 +57,7 @@ class Sequence:
     rules: StopRules
     walk: Walk
     notify: "Callable[[Sequence], None]"
+    index: int = 0
     arrived: float = 0.0
     report_hits: bool = False
     remote_tokens: int = 0
