@@ -64,10 +64,7 @@ def _settings(chosen: Iterable[Setting]) -> str:
 def _worker_keys() -> str:
     return _table(
         ("Key", "Value", "Default", "Meaning"),
-        (
-            (_code(key.key), key.syntax, _default(key), key.info.description or "")
-            for key in WORKER_SETTINGS.values()
-        ),
+        ((_code(key.key), key.syntax, _default(key), key.info.description or "") for key in WORKER_SETTINGS.values()),
     )
 
 

@@ -15,9 +15,7 @@ from structlog.typing import EventDict, Processor, WrappedLogger
 
 from kvrouter_grpc.config import LogConfig
 
-CONTENT = frozenset(
-    {"completion", "messages", "prompt", "prompt_token_ids", "prompts", "text", "token_ids", "tokens"}
-)
+CONTENT = frozenset({"completion", "messages", "prompt", "prompt_token_ids", "prompts", "text", "token_ids", "tokens"})
 """Keys whose values are what people wrote or what the model answered, whatever module logs them."""
 
 MAX_TEXT = 4096
