@@ -248,6 +248,12 @@ def test_overlap_weight_sets_the_prefill_scale() -> None:
     )
 
 
+def test_overlap_weight_of_none_changes_nothing() -> None:
+    config = load({**ENDPOINT, "--router-kv-overlap-score-weight": "none"}, {})
+    assert config.router == RouterConfig()
+    assert config.warnings == ()
+
+
 def test_defaults_are_those_of_the_contract() -> None:
     router = load(ENDPOINT, {}).router
     assert router.mode == "kv"

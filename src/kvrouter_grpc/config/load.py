@@ -88,9 +88,9 @@ class _Draft:
 
     def translate_weight(self) -> None:
         """Turn the retired overlap weight into what replaced it, as the Dynamo router does."""
-        if self.values.get(_WEIGHT) is None:
+        weight, origin = self.values.pop(_WEIGHT, None), self.origins.pop(_WEIGHT, "")
+        if weight is None:
             return
-        weight, origin = self.values.pop(_WEIGHT), self.origins.pop(_WEIGHT)
         becomes = {_SCALE: weight} if weight else {_SCALE: weight, _CREDIT: 0.0}
         for path, value in becomes.items():
             if self.values.get(path, value) != value:
