@@ -111,7 +111,7 @@ async def drive(run: Run, *, workers: int, seed: int) -> None:
         run.seconds = time.monotonic() - run.started
 
 
-async def _turn(stub: router_pb2_grpc.KvRouterAsyncStub, run: Run, conversation: Conversation, number: int) -> None:
+async def _turn(stub: "router_pb2_grpc.KvRouterAsyncStub", run: Run, conversation: Conversation, number: int) -> None:
     tokens = conversation.ask(number)
     decided = await stub.BestWorkerId(router_pb2.BestWorkerIdRequest(token_ids=tokens, include_candidates=True))
     turn = Turn(conversation.name, number, decided.worker_name, len(tokens), decided.expected_cached_tokens, decided)
@@ -164,7 +164,7 @@ async def _fleet(count: int) -> AsyncIterator[dict[str, MockWorker]]:
             config = MockWorkerConfig(
                 model="demo-model",
                 block_size=BLOCK_SIZE,
-                num_blocks=1024,
+                num_blocks=512,
                 prefill_tokens_per_s=12_000,
                 itl_ms=4,
                 max_num_seqs=16,

@@ -27,7 +27,18 @@ class _Changed(Exception):  # noqa: N818 - no error: it ends one generation of s
 
 
 class Attendant:
-    """Attends one worker of one endpoint. `run()` lasts until it is cancelled."""
+    """Attends one worker of one endpoint. `run()` lasts until it is cancelled.
+
+    Args:
+        worker: Whom to attend.
+        router: Of its endpoint.
+        client: For its HTTP surface.
+        events: Settings of its subscribers.
+        upstream: How often to look at its health, and what counts as slow.
+        context: For its event sockets.
+        turn: Shared by all subscribers of the process, which take turns on the event loop.
+        rng: For jitter.
+    """
 
     def __init__(
         self,
@@ -38,6 +49,7 @@ class Attendant:
         events: EventsConfig,
         upstream: UpstreamConfig,
         context: zmq.asyncio.Context,
+        turn: asyncio.Lock,
         rng: random.Random,
     ) -> None:
         self.worker = worker
@@ -47,14 +59,21 @@ class Attendant:
         self._events = events
         self._upstream = upstream
         self._context = context
+        self._turn = turn
         self._rng = rng
         self._subscribers: dict[Target, Subscriber] = {}
         self._look = asyncio.Event()
+        self._doubted = False  # it may have restarted since it was asked what it is
         self._log = log.bind(worker=worker.spec.name, endpoint=router.endpoint)
 
     def look(self) -> None:
         """Check the worker's health now rather than at the next interval."""
         self._look.set()
+
+    def doubt(self) -> None:
+        """Its event socket dropped: it may be another process by now, however healthy it looks."""
+        self._doubted = True
+        self.look()
 
     async def run(self) -> None:
         """Attend the worker, through its restarts, until cancelled."""
@@ -134,7 +153,14 @@ class Attendant:
             spec.topic,
         )
         subscriber = Subscriber(
-            target, source, self.router.index, self._events, self._context, on_disconnect=self.look, rng=self._rng
+            target,
+            source,
+            self.router.index,
+            self._events,
+            self._context,
+            on_disconnect=self.doubt,
+            rng=self._rng,
+            turn=self._turn,
         )
         self._subscribers[target] = subscriber
         group.create_task(subscriber.run(), name=f"events {spec.name}/{target.dp_rank}")
@@ -149,7 +175,7 @@ class Attendant:
             health = await self.client.health()
             slow = slow + 1 if health is Health.SLOW else 0
             if health is Health.GOOD:
-                if self.worker.health is WorkerState.UNHEALTHY:
+                if self._doubted or self.worker.health is WorkerState.UNHEALTHY:
                     await self._returned()
             elif health is not Health.SLOW or slow >= SLOW_CHECKS:
                 if self.worker.health is WorkerState.READY:
@@ -158,10 +184,12 @@ class Attendant:
 
     async def _returned(self) -> None:
         """The worker answers again: find out whether it is the same process."""
+        self._doubted = False
         try:
             facts = await self.client.facts()
         except RouterError:
-            return  # not yet: the next check tries again
+            self._doubted = True  # not yet: the next check tries again
+            return
         before, spec = self.worker.facts, complete(self.given, facts)
         if spec != self.worker.spec:
             raise _Changed

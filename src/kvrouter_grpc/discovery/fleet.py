@@ -104,6 +104,7 @@ class Fleet:
         self._clients: dict[int, VllmHttpClient] = {}
         self._group: asyncio.TaskGroup | None = None
         self._was_ready = False
+        self._turn = asyncio.Lock()
 
     # --- membership -----------------------------------------------------------------------------------------------
 
@@ -114,7 +115,7 @@ class Fleet:
             UnknownEndpointError: The router does not serve the worker's endpoint.
             ValueError: The name is taken.
         """
-        return self._add(spec, None, configured=True)
+        return self._add(self._effective(spec), None, configured=True)
 
     def register(self, spec: WorkerSpec, ttl_s: float | None) -> int:
         """Add a worker, or replace the registration of the same name; returns its id.
@@ -127,6 +128,7 @@ class Fleet:
             UnknownEndpointError: The router does not serve the worker's endpoint.
             ConfiguredWorkerError: The name belongs to a configured worker.
         """
+        spec = self._effective(spec)
         member = self._members.get(spec.name)
         if member is None:
             return self._add(spec, ttl_s)
@@ -275,8 +277,6 @@ class Fleet:
         router = self._router(spec.endpoint)
         if spec.name in self._members:
             raise ValueError(f"worker {spec.name!r} is there already")
-        if not self._follow_events:
-            spec = replace(spec, kv_events=False)
         worker = router.workers.add(spec)
         client = VllmHttpClient(spec.url, self._session, self._upstream)
         attendant = Attendant(
@@ -286,6 +286,7 @@ class Fleet:
             events=self._events,
             upstream=self._upstream,
             context=self._context,
+            turn=self._turn,
             rng=random.Random(self._rng.random()),
         )
         member = _Member(attendant, ttl_s=ttl_s, configured=configured)
@@ -294,6 +295,9 @@ class Fleet:
         self._clients[worker.worker_id] = client
         self._start(member)
         return worker.worker_id
+
+    def _effective(self, spec: WorkerSpec) -> WorkerSpec:
+        return spec if self._follow_events else replace(spec, kv_events=False)
 
     def _remove(self, name: str) -> None:
         member = self._members.pop(name)

@@ -27,8 +27,8 @@ CODES: Mapping[type[RouterError], grpc.StatusCode] = {
     errors.UnknownWorkerError: grpc.StatusCode.NOT_FOUND,
     errors.UnknownModelError: grpc.StatusCode.NOT_FOUND,
     errors.UnknownReservationError: grpc.StatusCode.NOT_FOUND,
-    errors.DuplicateRequestError: grpc.StatusCode.ALREADY_EXISTS,
     errors.ConfiguredWorkerError: grpc.StatusCode.ALREADY_EXISTS,
+    errors.DuplicateRequestError: grpc.StatusCode.ALREADY_EXISTS,
     errors.PinnedWorkerNotAllowedError: grpc.StatusCode.FAILED_PRECONDITION,
     errors.UnauthorizedError: grpc.StatusCode.PERMISSION_DENIED,
     # The fleet's state.

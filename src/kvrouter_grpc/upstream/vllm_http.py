@@ -4,13 +4,14 @@ import asyncio
 import io
 from collections.abc import AsyncGenerator, Callable, Iterator
 from contextlib import contextmanager, suppress
+from enum import Enum
 from typing import TypeVar
 
 import aiohttp
 import yarl
 
 from kvrouter_grpc.config import UpstreamConfig
-from kvrouter_grpc.errors import RouterError, UpstreamError
+from kvrouter_grpc.errors import RouterError, UpstreamError, UpstreamTimeoutError
 from kvrouter_grpc.types import EngineChunk, EngineRequest, WorkerFacts
 from kvrouter_grpc.upstream.answer import Answer, StreamedAnswer, WholeAnswer
 from kvrouter_grpc.upstream.chunk import MalformedAnswerError, decode_completion
@@ -24,7 +25,17 @@ _OK = 200
 _MAX_REFUSAL_BYTES = 64 * 1024
 _MAX_PROBE_BYTES = 16 * 1024 * 1024  # a metrics page with the histograms of many engines
 _FACTS_TIMEOUT_S = 5.0  # per question; a server under load builds its metrics page slowly
+_LOOK_AT_CONNECTION_S = 0.5
 _LAST_BYTES_TIMEOUT_S = 0.2  # `[DONE]` and the end of the body leave the server together
+
+
+class Health(Enum):
+    """The outcome of a health check."""
+
+    GOOD = "good"
+    SLOW = "no answer in time"  # busy, stopped or cut off: only time tells
+    GONE = "connection refused or lost"
+    FAILED = "the engine says that it failed"
 
 
 class VllmHttpClient:
@@ -46,9 +57,7 @@ class VllmHttpClient:
         # fault.
         self._timeout = aiohttp.ClientTimeout(total=None, connect=config.connect_timeout_s)
 
-    async def generate(
-        self, request: EngineRequest, dp_rank: int | None
-    ) -> AsyncGenerator[list[EngineChunk], None]:
+    async def generate(self, request: EngineRequest, dp_rank: int | None) -> AsyncGenerator[list[EngineChunk], None]:
         """Send a request and yield its answer; chunks that arrived together are handed on together.
 
         Close the generator (`contextlib.aclosing`) or cancel its task to abort: the connection is closed at
@@ -88,8 +97,7 @@ class VllmHttpClient:
                 raise await self._refusal(response, deadline)
             while not answer.done:
                 with self._judged("token", limit_s, started=answer.started):
-                    async with asyncio.timeout_at(deadline):
-                        data = await response.content.readany()
+                    data = await _read(response, deadline)
                 chunks = answer.feed(data) if data else answer.end()
                 if chunks:
                     yield chunks
@@ -138,13 +146,15 @@ class VllmHttpClient:
             version=await self._told("version", server_version),
         )
 
-    async def healthy(self) -> bool:
-        """Whether `GET /health` says so within `health_timeout_s`; False on any failure."""
+    async def health(self) -> Health:
+        """What `GET /health` says within `health_timeout_s`."""
         try:
             status, _ = await self._get("health", self._config.health_timeout_s)
+        except UpstreamTimeoutError:
+            return Health.SLOW
         except UpstreamError:
-            return False
-        return status == _OK
+            return Health.GONE
+        return Health.GOOD if status == _OK else Health.FAILED
 
     async def start_time(self) -> float | None:
         """When the server process started, seconds since the epoch; None if it does not tell."""
@@ -193,6 +203,25 @@ class VllmHttpClient:
             raise timed_out(self._worker, waited_for, limit_s, started=started) from error
         except (aiohttp.ClientError, OSError) as error:
             raise lost(self._worker, started=started) from error
+
+
+async def _read(response: aiohttp.ClientResponse, deadline: float) -> bytes:
+    """Wait for bytes of the body; b"" is its end.
+
+    A broken chunk header makes aiohttp (3.14) close the connection but not end the body, which would be waited for
+    until the deadline: hence a look at the connection now and then.
+    """
+    loop = asyncio.get_running_loop()
+    while True:
+        try:
+            async with asyncio.timeout_at(min(deadline, loop.time() + _LOOK_AT_CONNECTION_S)):
+                return await response.content.readany()
+        except TimeoutError:
+            if loop.time() >= deadline:
+                raise
+            protocol = response.connection and response.connection.protocol
+            if protocol is None or not protocol.is_connected():
+                raise aiohttp.ServerDisconnectedError from None
 
 
 async def _body(response: aiohttp.ClientResponse, limit: int) -> bytes:
