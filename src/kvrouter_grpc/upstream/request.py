@@ -40,7 +40,7 @@ def request_body(request: EngineRequest) -> bytes:
     try:
         return msgspec.json.encode(body)
     except (TypeError, ValueError, OverflowError, RecursionError) as error:
-        text = "a value cannot be written as JSON for the engine: nest less, and keep integers within 64 bits"
+        text = "holds a value that cannot be written as JSON: nest it less, use smaller numbers"
         raise InvalidRequestError([("params", text)]) from error
 
 
