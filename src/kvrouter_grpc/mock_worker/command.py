@@ -105,7 +105,7 @@ def _options(command: Callable[..., None]) -> Callable[..., None]:
 @click.option("--kv-transfer", is_flag=True, help="Act on kv_transfer_params like an engine with a NIXL connector.")
 @click.option("--natural-eos", is_flag=True, help="Let answers end by themselves, not only at max_tokens.")
 def mock_worker_command(*, full_speed: bool, replay_frames: str, **fields: Any) -> None:
-    """Run a vLLM worker without a model.
+    r"""Run a vLLM worker without a model.
 
     It has vLLM's HTTP surface, KV events, replay and cache (paged blocks, prefix hits, LRU eviction); only the answers
     are made up, the same for the same prompt everywhere. Once it serves, it prints one line of JSON: url, events and
@@ -114,7 +114,7 @@ def mock_worker_command(*, full_speed: bool, replay_frames: str, **fields: Any) 
     SIGTERM or SIGINT drains it (--drain-s); a second one ends it at once.
 
     \b
-    Four workers of a small fleet, then a router in front of them:
+    A worker, and a router in front of it (add workers on other ports for a fleet):
       kvrouter mock-worker --port 8000 --events-port 5557 --replay-port 5657 &
       kvrouter serve --worker name=w0,url=http://127.0.0.1:8000
     """

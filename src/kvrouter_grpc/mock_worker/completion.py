@@ -14,6 +14,7 @@ from kvrouter_grpc.mock_worker.tokens import encode_text
 
 _MAX_LOGPROBS = 20
 _DEFAULT_MAX_TOKENS = 16
+_MAX_SEQUENCES = 16_384  # of one request
 
 
 class StreamOptions(msgspec.Struct):
@@ -123,6 +124,8 @@ def parse_completion(raw: bytes, config: MockWorkerConfig) -> Completion:
                 "input_tokens",
             )
     _check_sampling(body)
+    if len(prompts) * body.n > _MAX_SEQUENCES:
+        raise bad_request(f"n must be at most {_MAX_SEQUENCES // len(prompts)}, got {body.n}.", "n")
     for prompt in prompts:
         if max(prompt) >= config.vocab_size:
             worst = next(token for token in prompt if token >= config.vocab_size)

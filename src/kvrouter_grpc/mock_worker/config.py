@@ -1,6 +1,7 @@
 """What a mock worker is: its model, its memory, its speed and its dialect. All checked before a port binds."""
 
 from dataclasses import dataclass
+from math import inf
 from typing import Literal
 
 from kvrouter_grpc.errors import ConfigError
@@ -100,7 +101,9 @@ class MockWorkerConfig:
             ConfigError: With every fault that was found.
         """
         faults = [
-            f"{name} must be at least {least}, got {value}" for name, value, least in self._floors() if value < least
+            f"{name} must be at least {least} and finite, got {value}"
+            for name, value, least in self._floors()
+            if not least <= value < inf
         ]
         if self.vocab_size <= FIRST_WORD_TOKEN:
             faults.append(f"vocab_size must be above {FIRST_WORD_TOKEN}, got {self.vocab_size}")
