@@ -106,10 +106,13 @@ def wait_until_ready(address: str) -> None:
     raise AssertionError(f"the router at {address} ended before it was ready")
 
 
+FULL_SPEED = ("--full-speed",)
+
+
 @contextmanager
 def mock_worker(*arguments: str) -> Iterator[Program]:
-    """A mock worker that computes as fast as it can, on free ports."""
-    with program(["mock-worker", "--port", "0", "--full-speed", *arguments]) as worker:
+    """A mock worker on free ports."""
+    with program(["mock-worker", "--port", "0", *arguments]) as worker:
         yield worker
 
 
@@ -128,13 +131,13 @@ class Fleet:
 
 
 @contextmanager
-def fleet(size: int = 2, *arguments: str, workers: Sequence[str] = ()) -> Iterator[Fleet]:
+def fleet(size: int = 2, *arguments: str, workers: Sequence[str] = FULL_SPEED) -> Iterator[Fleet]:
     """`size` mock workers called w0, w1, ... behind a router.
 
     Args:
         size: Number of workers.
         *arguments: Further arguments of the router.
-        workers: Further arguments of each worker.
+        workers: Arguments of each worker.
     """
     with ExitStack() as stack:
         running = {f"w{i}": stack.enter_context(mock_worker(*workers)) for i in range(size)}

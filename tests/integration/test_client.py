@@ -27,6 +27,7 @@ from kvrouter_client import (
 from programs import ENDPOINT, Fleet, fleet, mock_worker
 
 BLOCK = 16
+SLOW = ("--itl-ms", "20")
 DEADLINE_S = 10.0
 
 T = TypeVar("T")
@@ -42,7 +43,7 @@ def fast() -> Iterator[Fleet]:
 @pytest.fixture(scope="module")
 def slow() -> Iterator[Fleet]:
     """Two workers that take their time, so that a stream is still open when the test looks."""
-    with fleet(2, workers=["--speedup", "1", "--itl-ms", "20"]) as running:
+    with fleet(2, workers=SLOW) as running:
         yield running
 
 
@@ -186,7 +187,7 @@ async def test_deadline_ends_the_stream_and_the_request(slow: Fleet) -> None:
 
 
 async def test_worker_that_dies_in_mid_stream_is_told() -> None:
-    with fleet(1, workers=["--speedup", "1", "--itl-ms", "20"]) as running:
+    with fleet(1, workers=SLOW) as running:
         async with KvRouterClient(running.address) as client:
             stream = client.generate(prompt(7), max_tokens=2000)
             assert (await anext(stream)).routing is not None
@@ -324,23 +325,6 @@ async def test_reservation_is_freed_when_its_task_is_cancelled(
     assert await booked(admin) == (0, 0)
 
 
-async def test_reservation_whose_answer_nobody_awaits_is_freed(
-    router: KvRouterClient, admin: KvRouterAdminClient
-) -> None:
-    await router.best_worker_id(prompt(23))  # the connection is up: the deadline below is the call's alone
-    outcomes = set()
-    for step in range(60):
-        try:
-            async with router.reserve(prompt(23), timeout_s=step * 50e-6):
-                outcomes.add("booked")
-        except KvRouterError as error:
-            outcomes.add(error.code.name)
-        # Whatever the deadline cut short: what was booked is freed by us, not by its expiry minutes later.
-    assert outcomes <= {"booked", "DEADLINE_EXCEEDED"}
-    assert "DEADLINE_EXCEEDED" in outcomes
-    await eventually(lambda: booked(admin), lambda load: load == (0, 0))
-
-
 async def test_second_reservation_of_a_name_is_refused_and_frees_nothing(
     router: KvRouterClient, admin: KvRouterAdminClient
 ) -> None:
@@ -357,10 +341,16 @@ async def test_expired_reservation_is_told_and_leaves_quietly(
     router: KvRouterClient, admin: KvRouterAdminClient, caplog: pytest.LogCaptureFixture
 ) -> None:
     async with router.reserve(prompt(25), ttl_s=1) as reservation:
-        await eventually(lambda: booked(admin), lambda load: load[0] == 0)
-        with pytest.raises(KvRouterError) as caught:
-            await reservation.mark_prefill_complete()
-        assert caught.value.reason == "UNKNOWN_RESERVATION"
+
+        async def refusal() -> str:
+            try:
+                await reservation.mark_prefill_complete()
+            except KvRouterError as error:
+                return error.reason
+            return ""
+
+        assert await eventually(refusal, lambda reason: reason != "") == "UNKNOWN_RESERVATION"
+        assert await booked(admin) == (0, 0)
     assert caplog.records == []
 
 

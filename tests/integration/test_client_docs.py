@@ -14,11 +14,16 @@ from typing import Any
 import pytest
 
 from pages import ROOT, Block, blocks, commands
-from programs import Fleet, environment, fleet, port, program, wait_until_ready
+from programs import Fleet, environment, fleet, program, wait_until_ready
 
 VOLATILE = {"workerId", "workerName", "url"}  # follow from ports and names
 
 Ports = dict[str, str]
+
+
+def port(address: str) -> str:
+    """The port of a URL or of `host:port`."""
+    return address.rpartition(":")[2]
 
 
 def with_ports(text: str, ports: Ports) -> str:

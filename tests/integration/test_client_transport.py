@@ -18,19 +18,28 @@ Behave = Callable[[int, Any, Any], Any]
 Context = grpc.aio.ServicerContext[Any, Any]
 
 
+async def freely(_request: Any, _context: Any) -> router_pb2.FreeResponse:
+    return router_pb2.FreeResponse()
+
+
 class Servicer(router_pb2_grpc.KvRouterServicer):
     """Counts the calls and lets the test say what becomes of each."""
 
     def __init__(self, behave: Behave) -> None:
         self.behave = behave
         self.calls = 0
+        self.asked: list[str] = []
+        self.freed: list[str] = []
+        self.freeing: Callable[[Any, Any], Any] = freely
 
     async def BestWorkerId(self, request: router_pb2.BestWorkerIdRequest, context: Context) -> Any:
         self.calls += 1
+        self.asked.append(request.request_id)
         return await self.behave(self.calls, request, context)
 
     async def Free(self, request: router_pb2.FreeRequest, context: Context) -> router_pb2.FreeResponse:
-        return router_pb2.FreeResponse()
+        self.freed.append(request.request_id)
+        return await self.freeing(request, context)
 
     async def Generate(self, request: router_pb2.GenerateRequest, context: Context) -> AsyncIterator[Any]:
         self.calls += 1
@@ -185,3 +194,50 @@ async def test_every_kind_of_chunk_is_converted() -> None:
     assert second.usage is not None
     assert second.usage.cached_tokens == 0
     assert (third.index, third.stop_reason, third.finish_reason) == (1, 0, None)
+
+
+async def never(_call: int, _request: Any, _context: Context) -> None:
+    await asyncio.Event().wait()
+
+
+async def test_reservation_whose_answer_is_late_is_freed() -> None:
+    async with serving(never) as (servicer, address), KvRouterClient(address) as client:
+        with pytest.raises(KvRouterError) as caught:
+            async with client.reserve([1], timeout_s=0.2):
+                pytest.fail("entered")
+        assert caught.value.code is grpc.StatusCode.DEADLINE_EXCEEDED
+        assert servicer.freed == servicer.asked != []
+
+
+async def test_reservation_whose_answer_is_not_waited_for_is_freed() -> None:
+    async with serving(never) as (servicer, address), KvRouterClient(address) as client:
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(client.reserve([1]).__aenter__(), 0.2)
+        assert servicer.freed == servicer.asked != []
+
+
+async def test_refused_reservation_has_nothing_to_free() -> None:
+    async def behave(_call: int, _request: Any, context: Context) -> None:
+        await context.abort(grpc.StatusCode.ALREADY_EXISTS, "the id is in use")
+
+    async with serving(behave) as (servicer, address), KvRouterClient(address) as client:
+        with pytest.raises(KvRouterError, match="ALREADY_EXISTS"):
+            async with client.reserve([1], request_id="somebody else's"):
+                pytest.fail("entered")
+        assert servicer.freed == []
+
+
+async def test_reservation_that_cannot_be_freed_lets_the_work_stand(caplog: pytest.LogCaptureFixture) -> None:
+    async def behave(_call: int, _request: Any, _context: Context) -> Any:
+        return router_pb2.BestWorkerIdResponse(worker_id=7)
+
+    async with serving(behave) as (servicer, address), KvRouterClient(address) as client:
+
+        async def refuse(_request: Any, context: Context) -> None:
+            await context.abort(grpc.StatusCode.INTERNAL, "no")
+
+        servicer.freeing = refuse
+        async with client.reserve([1]) as reservation:
+            assert reservation.choice.worker_id == 7
+        (record,) = caplog.records
+        assert reservation.request_id in record.getMessage()

@@ -7,10 +7,14 @@ from typing import Self
 import grpc
 
 from ._gen import router_pb2, router_pb2_grpc
+from .channel import DEFAULT_TIMEOUT_S
 from .errors import KvRouterError, rpc_errors
 from .replies import WorkerChoice
 
 _log = logging.getLogger("kvrouter_client")
+
+_FREE_TIMEOUT_S = DEFAULT_TIMEOUT_S
+"""Deadline of the release, however short the caller's own is: it often follows a deadline that was too short."""
 
 
 class Reservation:
@@ -78,7 +82,7 @@ class Reservation:
         request = router_pb2.FreeRequest(request_id=self.request_id, endpoint=self._request.endpoint)
         try:
             with rpc_errors():
-                await self._stub.Free(request, timeout=self._timeout_s)
+                await self._stub.Free(request, timeout=_FREE_TIMEOUT_S)
         except KvRouterError as error:
             if error.code is not grpc.StatusCode.NOT_FOUND:
                 _log.warning("reservation %s was not freed and will expire: %s", self.request_id, error)

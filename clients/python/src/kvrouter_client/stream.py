@@ -59,3 +59,8 @@ class GenerateStream:
     async def aclose(self) -> None:
         """Cancel what is not finished. Never fails; closing twice is harmless."""
         self._call.cancel()
+
+    def __del__(self) -> None:
+        # grpc.aio cancels a call that nobody refers to, but while it runs its own tasks do.
+        if not self._call.done():
+            self._call.cancel()
