@@ -49,18 +49,14 @@ def test_carriage_return_and_line_feed_in_different_reads_are_one_line_end() -> 
 @given(st.data())
 def test_any_cut_gives_the_same_events(data: st.DataObject) -> None:
     stream = data.draw(
-        st.lists(st.sampled_from([b"data: x", b"data:", b"data", b"\n", b"\r\n", b"\r", b":c", b"y"])).map(
-            b"".join
-        )
+        st.lists(st.sampled_from([b"data: x", b"data:", b"data", b"\n", b"\r\n", b"\r", b":c", b"y"])).map(b"".join)
     )
     cuts = sorted(data.draw(st.lists(st.integers(0, len(stream)))))
     reads = [stream[i:j] for i, j in zip([0, *cuts], [*cuts, len(stream)], strict=True)]
     assert parse(*reads) == parse(stream)
 
 
-@given(
-    st.lists(st.binary(max_size=20).map(lambda raw: raw.replace(b"\r", b"").replace(b"\n", b"")), min_size=1)
-)
+@given(st.lists(st.binary(max_size=20).map(lambda raw: raw.replace(b"\r", b"").replace(b"\n", b"")), min_size=1))
 def test_payloads_come_back_as_they_were_sent(payloads: list[bytes]) -> None:
     assert parse(b"".join(b"data: " + payload + b"\n\n" for payload in payloads)) == payloads
 

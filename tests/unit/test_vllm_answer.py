@@ -68,9 +68,7 @@ class TestStreamedAnswer:
         chunks, answer = streamed((WIRE / "stream.sse").read_bytes())
         assert chunks == [
             EngineChunk(token_ids=[23], text="3", usage=Usage(5, 1)),
-            EngineChunk(
-                token_ids=[475, 276, 398], text=" removed bends", finish_reason="length", usage=Usage(5, 4)
-            ),
+            EngineChunk(token_ids=[475, 276, 398], text=" removed bends", finish_reason="length", usage=Usage(5, 4)),
             EngineChunk(usage=Usage(5, 4, 0)),
         ]
         assert answer.done
@@ -136,9 +134,7 @@ class TestStreamedAnswer:
         assert [(entry.token_id, entry.token) for entry in first] == [(None, "c"), (None, "a"), (None, "d")]
         assert second == []
 
-    @pytest.mark.parametrize(
-        "text", ["token_id:", "token_id:x", "token_id:4294967296", "token_id:٣", "token_id:-1"]
-    )
+    @pytest.mark.parametrize("text", ["token_id:", "token_id:x", "token_id:4294967296", "token_id:٣", "token_id:-1"])
     def test_text_that_looks_like_a_token_id_stays_text(self, text: str) -> None:
         logprobs = {"tokens": [text], "token_logprobs": [-1]}
         (chunk,), _ = streamed(event(choices=[{"logprobs": logprobs}]))
@@ -158,9 +154,7 @@ class TestStreamedAnswer:
             (401, UpstreamError, StreamInterruptedError),
         ],
     )
-    def test_error_inside_a_stream(
-        self, code: object, before: type[RouterError], after: type[RouterError]
-    ) -> None:
+    def test_error_inside_a_stream(self, code: object, before: type[RouterError], after: type[RouterError]) -> None:
         chunks, answer = streamed(error(code) + DONE)
         assert chunks == []
         failed(answer, before, retriable=True)
@@ -236,9 +230,7 @@ class TestStreamedAnswer:
         failed(answer, StreamInterruptedError, retriable=False)
 
     def test_unknown_fields_and_events_without_news_are_passed_over(self) -> None:
-        chunks, answer = streamed(
-            b": ping\n\n", event(id="x", later={"a": [1]}), token(1, "stop", metrics=None), DONE
-        )
+        chunks, answer = streamed(b": ping\n\n", event(id="x", later={"a": [1]}), token(1, "stop", metrics=None), DONE)
         assert len(chunks) == 1
         assert answer.done
 
@@ -259,8 +251,7 @@ class TestWholeAnswer:
     def test_transfer_parameters_and_usage_are_on_the_last_chunk(self) -> None:
         prompt_logprobs = [None, {"7": {"logprob": -1.0}}]
         choices = [
-            {"index": i, "text": "x", "finish_reason": "length", "prompt_logprobs": prompt_logprobs}
-            for i in (0, 1)
+            {"index": i, "text": "x", "finish_reason": "length", "prompt_logprobs": prompt_logprobs} for i in (0, 1)
         ]
         params = {"do_remote_prefill": True, "remote_block_ids": [[1, 2]], "unknown": None}
         body = {"choices": choices, "usage": {"prompt_tokens": 2}, "kv_transfer_params": params}

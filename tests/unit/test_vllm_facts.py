@@ -58,9 +58,7 @@ vllm:cache_config_info{block_size="16",engine="1",num_gpu_blocks="90"} 1.0
     assert cache_config(page) == CacheConfig(16, 90, 2, None)
 
 
-@pytest.mark.parametrize(
-    "page", [b"", b'vllm:cache_config_info{block_size="None",num_gpu_blocks="-1"} 1', b"\xff\n{"]
-)
+@pytest.mark.parametrize("page", [b"", b'vllm:cache_config_info{block_size="None",num_gpu_blocks="-1"} 1', b"\xff\n{"])
 def test_what_a_metrics_page_does_not_tell_is_none(page: bytes) -> None:
     assert cache_config(page) == CacheConfig(None, None, 1, None)
 

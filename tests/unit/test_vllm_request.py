@@ -39,9 +39,7 @@ def test_optional_fields_are_sent_when_given() -> None:
 
 
 def test_a_remote_decode_leg_is_not_streamed() -> None:
-    sent = body(
-        kv_transfer_params={"do_remote_decode": True}, params={"stream_options": {"include_usage": True}}
-    )
+    sent = body(kv_transfer_params={"do_remote_decode": True}, params={"stream_options": {"include_usage": True}})
     assert sent["stream"] is False
     assert "stream_options" not in sent
 
@@ -75,6 +73,4 @@ def test_headers() -> None:
 
 
 def test_a_request_id_cannot_add_headers() -> None:
-    assert (
-        request_headers(request(request_id="a\r\nX: é~!%"), None)["X-Request-Id"] == "a%0D%0AX:%20%C3%A9~!%"
-    )
+    assert request_headers(request(request_id="a\r\nX: é~!%"), None)["X-Request-Id"] == "a%0D%0AX:%20%C3%A9~!%"

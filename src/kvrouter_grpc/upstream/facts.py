@@ -104,9 +104,7 @@ def cache_config(page: bytes) -> CacheConfig:
         engines.add(sample.labels.get("engine", ""))
         block_sizes |= _positive(sample.labels.get("block_size"))
         blocks |= _positive(sample.labels.get("num_gpu_blocks"))
-    return CacheConfig(
-        min(block_sizes, default=None), min(blocks, default=None), max(1, len(engines)), start_time
-    )
+    return CacheConfig(min(block_sizes, default=None), min(blocks, default=None), max(1, len(engines)), start_time)
 
 
 def event_sources(body: bytes, host: str) -> EventSources:

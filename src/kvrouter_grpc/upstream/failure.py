@@ -90,9 +90,7 @@ def _rejected(worker: str, status: int, error: ErrorInfo | str | None) -> Engine
         message = printable(error.message, MAX_MESSAGE_CHARS)
         if error.param:
             metadata["param"] = printable(error.param, _MAX_PARAM_CHARS)
-    return EngineRejectedError(
-        f"the engine refused the request: {message or 'it did not say why'}", metadata=metadata
-    )
+    return EngineRejectedError(f"the engine refused the request: {message or 'it did not say why'}", metadata=metadata)
 
 
 def printable(text: str, limit: int) -> str:

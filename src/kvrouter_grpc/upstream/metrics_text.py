@@ -41,9 +41,7 @@ def samples(page: bytes, names: Collection[str]) -> Iterator[Sample]:
             value = float(match[3])
         except ValueError:
             continue
-        yield Sample(
-            match[1], {label: _unescaped(text) for label, text in _LABEL.findall(match[2] or "")}, value
-        )
+        yield Sample(match[1], {label: _unescaped(text) for label, text in _LABEL.findall(match[2] or "")}, value)
 
 
 def _unescaped(text: str) -> str:
