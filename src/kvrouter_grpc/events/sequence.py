@@ -1,0 +1,414 @@
+"""Makes one rank's event stream contiguous: a state machine over sequence numbers, without I/O and without a clock.
+
+A publisher numbers its batches from 0, sends each once to whoever is connected, and keeps the last ones in a ring from
+which they can be asked again. Batches get lost on both ways, the ring rolls, and a restarted engine starts at 0 without
+a word. The tracker is told what arrives and hands out, in order and once, what is to be applied.
+
+Three facts carry it:
+
+* Every request for a replay starts at the last batch that was taken. Its copy in the answer proves that the publisher
+  is still the same process; another content under that number, or an empty answer, proves a restart. So a restarted
+  engine that has already counted past us, or not yet reached us, is told from one that simply has nothing new.
+* The first batch of an answer is never one that was lost in sending: the queue that overflows is still empty then. An
+  answer that begins too late means that the ring has rolled.
+* A live socket delivers ascending numbers. A number that comes back with another content is a new process.
+
+A hole that nothing fills is given up: the stream goes on behind it and is STALE, for the lost batches may have removed
+blocks. It is repaired when the whole history can still be had: `audit()` then asks from 0 and, if the answer does start
+there, everything is forgotten and read again.
+"""
+
+from enum import Enum
+
+from kvrouter_grpc.core import hash_bytes
+from kvrouter_grpc.types import StreamState
+
+RECENT = 1024
+"""Batches whose content is remembered, to tell a late copy from a restarted publisher's batch of the same number."""
+
+SILENT_REPLAYS = 2
+"""Replays in a row without any answer after which the port counts as dead until it answers again."""
+
+ROLLED_ANSWERS = 2
+"""Answers in a row that begin too late after which the ring counts as rolled; one may be a fault of the network."""
+
+
+class Verdict(Enum):
+    """What an input meant. After every input the caller drains `StreamTracker.take()`."""
+
+    APPLY = "apply"  # in order
+    DUPLICATE = "duplicate"  # known already
+    HOLD = "hold"  # kept until what comes before it is there
+    GAP = "gap"  # batches before it are missing
+    RESTART = "restart"  # it starts over, as a new process or to be repaired: forget its blocks before taking more
+
+
+class StreamTracker:
+    """The order of one (worker, rank) stream.
+
+    Args:
+        can_replay: Whether the publisher has a replay port.
+        max_held: Batches held back while earlier ones are fetched.
+        max_held_bytes: Their payloads together.
+        max_attempts: Answers in a row that bring no progress after which a gap is given up.
+
+    Attributes:
+        next_seq: Number of the batch to be taken next.
+        partial: Batches before the first one taken are unknown; nothing after it was lost for that reason.
+        gaps: Times a number was missing.
+        missed: Batches given up.
+        restarts: Restarts found or reported.
+        replaying: A replay was asked for and has not ended. The caller gives up its own when this turns False.
+    """
+
+    def __init__(self, *, can_replay: bool, max_held: int, max_held_bytes: int, max_attempts: int) -> None:
+        self.next_seq = 0
+        self.partial = False
+        self.gaps = 0
+        self.missed = 0
+        self.restarts = 0
+        self.replaying = False
+        self._can_replay = can_replay
+        self._max_held = max_held
+        self._max_held_bytes = max_held_bytes
+        self._max_attempts = max_attempts
+        self._connected = False
+        self._heard = False  # the publisher said anything: a batch, or the end of a replay
+        self._taken = 0  # batches taken from this process
+        self._held: dict[int, bytes] = {}
+        self._held_bytes = 0
+        self._recent: dict[int, int | None] = {}  # number to content; None for one given up
+        self._live_high = -1  # highest number seen on the live socket
+        self._lost = 0  # batches given up: blocks may be indexed that the engine has removed since
+        self._unverified = False  # a reconnection without a replay: nothing proves that nothing was lost
+        self._verify = False  # a replay has to show what was missed
+        self._verifying = False  # ... and was asked for
+        self._audit = False  # a replay is wanted to look for losses that no later batch has shown
+        self._repairing = False  # the current replay starts at 0 to make good what was given up
+        self._irreparable = False  # what was given up cannot be had again from this process
+        self._answer_first: int | None = None  # first number in the current answer
+        self._asked_at = 0  # `next_seq` when the current replay was asked for
+        self._attempts = 0
+        self._rolled = 0
+        self._silent = 0
+        self._unreadable: tuple[int, int | None] | None = None  # number and content of the last unreadable batch
+        self._restart_seen = False  # since the last handshake
+        self._empty_proves = True  # an empty answer proves a restart
+        self._emptied_at: int | None = None  # `next_seq` before the last restart that an empty answer proved
+
+    # --- outputs --------------------------------------------------------------------------------------------------
+
+    @property
+    def state(self) -> StreamState:
+        """How true the picture is that the batches taken so far give."""
+        if not self._heard:
+            return StreamState.SYNCING if self._verify or self._verifying else StreamState.COLD
+        if self._verify or self._verifying or self._hole or not self._connected:
+            return StreamState.SYNCING
+        return StreamState.STALE if self._lost or self._unverified else StreamState.LIVE
+
+    @property
+    def wants_replay(self) -> bool:
+        """Whether a replay should be asked for as soon as the caller's pace allows."""
+        if not (self._can_replay and self._connected) or self.replaying:
+            return False
+        return self._verify or self._audit or self._hole
+
+    @property
+    def detail(self) -> str:
+        """One sentence for the operator; "" when there is nothing to say."""
+        if not self._heard:
+            return "connected, and nothing heard yet" if self._connected else "not connected yet"
+        if not self._connected:
+            return "the connection is lost; what the engine does meanwhile is fetched when it is back"
+        if self._hole:
+            return f"batch {self.next_seq} is missing and asked for again"
+        if self._verify or self._verifying:
+            return f"asking what happened from batch {self.next_seq} on"
+        if self._lost:
+            return f"{self._lost} batches are lost: blocks that they removed still count as cached"
+        if self._unverified:
+            return "reconnected without a replay port: what was missed cannot be told"
+        if self.partial:
+            return "blocks cached before the first batch received are unknown"
+        return ""
+
+    @property
+    def repairable(self) -> bool:
+        """Whether an audit may make good what was given up."""
+        return self._can_replay and bool(self._lost or self.partial) and not self._irreparable
+
+    @property
+    def _hole(self) -> bool:
+        """Whether a batch is known to be missing. True of what is simply not taken yet, so drain first."""
+        return bool(self._held) or (self._unreadable is not None and self._unreadable[0] == self.next_seq)
+
+    # --- the connection -------------------------------------------------------------------------------------------
+
+    def connected(self) -> None:
+        """The live socket has made its (first or repeated) handshake."""
+        self._connected = True
+        self._restart_seen = False
+        if self._can_replay:
+            # Held batches, and an answer under way, may be of a process that is gone.
+            self._drop_held()
+            self.replaying = self._verifying = False
+            self._verify = True
+        elif self._taken:
+            self._unverified = True
+
+    def disconnected(self) -> None:
+        """The live socket has lost its connection."""
+        self._connected = False
+
+    def restarted(self) -> Verdict:
+        """Somebody else knows that the engine's process is a new one. Tell this when the live socket is drained.
+
+        It starts over even when a restart was noticed here already: that may have been another one.
+
+        Returns:
+            RESTART, or DUPLICATE when there is nothing to forget.
+        """
+        if not self.next_seq:
+            self._drop_held()
+            return Verdict.DUPLICATE
+        self.restarts -= self._restart_seen  # most likely the same one: it counts once
+        return self._restart()
+
+    # --- live batches ---------------------------------------------------------------------------------------------
+
+    def live(self, seq: int, payload: bytes) -> Verdict:
+        """A batch arrived on the live socket."""
+        self._heard = True
+        again = seq <= self._live_high
+        self._live_high = max(self._live_high, seq)
+        if self._emptied_at is not None:
+            # Had the publisher restarted, it would hardly go on where we were: its ring seems to hold nothing at all.
+            self._empty_proves = seq != self._emptied_at
+            self._emptied_at = None
+        if seq < self.next_seq:
+            known = self._recent.get(seq, _UNKNOWN)
+            if known is None or known == hash_bytes(payload) or (known == _UNKNOWN and not again):
+                return Verdict.DUPLICATE
+            self._restart()
+            self._heard = True
+            self._live_high = seq
+            self._keep(seq, payload)
+            return Verdict.RESTART
+        gap = seq > self.next_seq and self._taken > 0 and not self._held
+        self.gaps += gap
+        if not self._keep(seq, payload):
+            return Verdict.DUPLICATE
+        if gap:
+            return Verdict.GAP
+        if seq == self.next_seq:
+            self._unverified = False
+            return Verdict.APPLY
+        return Verdict.HOLD
+
+    def _keep(self, seq: int, payload: bytes) -> bool:
+        """Hold a live batch. Without a replay port, what lies before it will never come."""
+        if not self._can_replay and seq > self.next_seq:
+            self._skip_to(seq)
+        return self._hold(seq, payload)
+
+    # --- replays --------------------------------------------------------------------------------------------------
+
+    def audit(self) -> None:
+        """Look for lost batches although none is known to be missing: the last one leaves no hole behind.
+
+        Where batches were given up, this tries to repair the stream.
+        """
+        self._audit = self._can_replay
+
+    def replay_asked(self) -> int:
+        """A replay is being asked for.
+
+        Returns:
+            The number it has to start from.
+        """
+        self.replaying = True
+        self._repairing = self._audit and self.repairable
+        self._verifying = self._verify
+        self._verify = self._audit = False
+        self._answer_first = None
+        self._asked_at = self.next_seq
+        return 0 if self._repairing else max(self.next_seq - 1, 0)
+
+    def replayed(self, seq: int, payload: bytes) -> Verdict:
+        """A batch arrived on the replay socket."""
+        self._heard = True
+        if self._answer_first is None:
+            self._answer_first = seq
+            self._empty_proves = True
+            if self._repairing and not seq:
+                self.missed -= self._lost
+                self._start_over()
+                self._verifying = True
+                self._hold(seq, payload)
+                return Verdict.RESTART
+            if not self.next_seq and seq:
+                # Nothing is known yet and the ring no longer reaches back to the start.
+                self._skip_to(min([seq, *self._held]))
+            self._irreparable = self._irreparable or seq > (0 if self._repairing else self._asked_at)
+        if seq < self.next_seq:
+            known = self._recent.get(seq)
+            if known is None or known == hash_bytes(payload):
+                return Verdict.DUPLICATE
+            self._restart()
+            self._heard = True
+            return Verdict.RESTART
+        if not self._hold(seq, payload):
+            return Verdict.DUPLICATE
+        return Verdict.APPLY if seq == self.next_seq else Verdict.HOLD
+
+    def replay_ended(self) -> Verdict:
+        """The answer's end marker arrived.
+
+        Returns:
+            APPLY when nothing is missing now, GAP when something is, RESTART when the answer proved one.
+        """
+        self.replaying = False
+        self._heard = True
+        self._silent = 0
+        if self._answer_first is None and self._asked_at and self._empty_proves:
+            emptied_at = self.next_seq
+            self._restart()
+            self._heard = True
+            self._emptied_at = emptied_at
+            return Verdict.RESTART
+        self._verifying = self._unverified = False
+        if not self._hole:
+            self._attempts = self._rolled = 0
+            self._irreparable = self._irreparable and bool(self._lost or self.partial)
+            return Verdict.APPLY
+        late = self._answer_first is None or self._answer_first > self._asked_at
+        self._rolled = self._rolled + 1 if late and self.next_seq == self._asked_at else 0
+        self._count_attempt()
+        if self._rolled >= ROLLED_ANSWERS or self._attempts >= self._max_attempts:
+            self._give_up()
+            return Verdict.APPLY
+        return Verdict.GAP
+
+    def replay_failed(self) -> None:
+        """The replay timed out or broke off: what came of it is kept, its end is unknown."""
+        self.replaying = False
+        self._silent = self._silent + 1 if self._answer_first is None else 0
+        self._count_attempt()
+        self._verify = self._verify or self._verifying
+        self._verifying = False
+        if self._silent >= SILENT_REPLAYS or self._attempts >= self._max_attempts:
+            if self._verify:
+                self._verify = False
+                self._unverified = bool(self._taken)
+            if self._hole:
+                self._give_up()
+
+    def _count_attempt(self) -> None:
+        self._attempts = self._attempts + 1 if self.next_seq == self._asked_at else 0
+
+    def _give_up(self) -> None:
+        """Go on behind the hole: a picture with a known fault is worth more than none."""
+        self._attempts = self._rolled = 0
+        self._skip_to(min(self._held, default=self.next_seq + 1))
+
+    # --- taking ---------------------------------------------------------------------------------------------------
+
+    def take(self) -> tuple[int, bytes] | None:
+        """The next batch in order, number and payload; None when it is not here."""
+        seq = self.next_seq
+        payload = self._held.pop(seq, None)
+        if payload is None:
+            return None
+        self._held_bytes -= len(payload)
+        self._remember(seq, hash_bytes(payload))
+        self.next_seq = seq + 1
+        self._taken += 1
+        return seq, payload
+
+    def cleared(self) -> None:
+        """The batch just taken says that the engine dropped its whole cache: whatever was lost before is void."""
+        self._lost = 0
+        self._unverified = self.partial = False
+
+    def unreadable(self) -> None:
+        """The batch just taken cannot be read. It counts as not received, and as lost if another copy is no better."""
+        seq = self.next_seq - 1
+        bad = (seq, self._recent.pop(seq))
+        self.next_seq = seq
+        self._taken -= 1
+        if self._can_replay and bad != self._unreadable and (self._taken or self._unreadable is None):
+            self.gaps += self._unreadable is None or self._unreadable[0] != seq
+            self._unreadable = bad
+        else:
+            # The same bytes twice, so the engine wrote them; or nothing it ever wrote could be read.
+            self._lose(seq + 1)
+            self._irreparable = True
+
+    # --- parts ----------------------------------------------------------------------------------------------------
+
+    def _hold(self, seq: int, payload: bytes) -> bool:
+        """Keep a batch until it is taken; False when that very copy is held. Of two different ones the later stays."""
+        before = self._held.pop(seq, None)
+        if before is not None:
+            self._held_bytes -= len(before)
+        self._held[seq] = payload
+        self._held_bytes += len(payload)
+        # The oldest go first: a replay brings those back before it brings the newest.
+        while len(self._held) > self._max_held or self._held_bytes > self._max_held_bytes:
+            if seq == self.next_seq or len(self._held) == 1:
+                break  # it is about to be taken
+            oldest = next(iter(self._held))
+            self._held_bytes -= len(self._held.pop(oldest))
+        return before != payload
+
+    def _drop_held(self) -> None:
+        self._held.clear()
+        self._held_bytes = 0
+
+    def _remember(self, seq: int, content: int | None) -> None:
+        self._recent[seq] = content
+        if len(self._recent) > RECENT:
+            del self._recent[next(iter(self._recent))]
+
+    def _skip_to(self, seq: int) -> None:
+        """Do without the batches before `seq`."""
+        if self._taken:
+            self._lose(seq)
+        else:
+            self.partial = True
+            self.next_seq = seq
+
+    def _lose(self, seq: int) -> None:
+        """Give up the batches before `seq`, which may have removed blocks that are indexed."""
+        self.missed += seq - self.next_seq
+        self._lost += seq - self.next_seq
+        for lost in range(max(self.next_seq, seq - RECENT), seq):
+            self._remember(lost, None)
+        self.next_seq = seq
+
+    def _restart(self) -> Verdict:
+        """Another process: nothing of the old one holds any more."""
+        self.restarts += 1
+        self._start_over()
+        self._heard = self.replaying = self._verifying = self._audit = False
+        self._live_high = -1
+        self._verify = self._can_replay
+        self._unreadable = self._emptied_at = None
+        self._restart_seen = True
+        self._irreparable = False
+        return Verdict.RESTART
+
+    def _start_over(self) -> None:
+        """Know nothing of the stream's batches."""
+        self.next_seq = self._asked_at = self._taken = 0
+        self.partial = self._unverified = False
+        self._lost = 0
+        self._drop_held()
+        self._recent.clear()
+        self._attempts = self._rolled = 0
+        # A repair that fails must not be tried for ever: it empties the picture each time.
+        self._irreparable = True
+
+
+_UNKNOWN = -1  # no content: hashes are unsigned

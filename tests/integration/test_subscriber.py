@@ -1,0 +1,453 @@
+"""The subscriber over real sockets, against a small publisher that can lose, stall, restart and speak old dialects."""
+
+import asyncio
+import random
+import threading
+from collections.abc import AsyncIterator, Callable
+
+import msgspec
+import pytest
+import zmq
+import zmq.asyncio
+
+from kvrouter_grpc.config import EventsConfig
+from kvrouter_grpc.events.subscriber import EventSource, Subscriber
+from kvrouter_grpc.routing.stream import StreamStatus
+from kvrouter_grpc.types import BlocksStored, KvBatch, StreamState, Target
+
+TARGET = Target(7, 0)
+END = b"\xff" * 8
+
+
+def stored(number: int) -> dict:
+    """One block whose hash is its batch's number, so that what was applied can be read off."""
+    return {
+        "type": "BlockStored",
+        "block_hashes": [number + 1],
+        "parent_block_hash": number or None,
+        "token_ids": [number] * 4,
+        "block_size": 4,
+        "medium": "GPU",
+    }
+
+
+class Publisher:
+    """PUB and replay ROUTER of one engine process, as vLLM's publisher thread drives them.
+
+    Attributes:
+        deaf: The replay socket is read but never answered.
+        topic_in_replay: False speaks the three-frame replies of vLLM up to 0.25.
+        hole: Numbers left out of the next answer.
+    """
+
+    def __init__(self, context: zmq.asyncio.Context, *, ring: int = 10_000, events: str = "", replay: str = "") -> None:
+        self.ring = ring
+        self.deaf = False
+        self.topic_in_replay = True
+        self.hole: set[int] = set()
+        self.asked: list[int] = []
+        self.sent: list[bytes] = []
+        self.pub = context.socket(zmq.PUB)
+        self.router = context.socket(zmq.ROUTER)
+        for socket, address in ((self.pub, events), (self.router, replay)):
+            socket.linger = 0
+            socket.sndhwm = 100_000
+            try:
+                socket.bind(address or "tcp://127.0.0.1:*")
+            except zmq.ZMQError:
+                self.close()
+                raise
+        self.events = self.pub.last_endpoint.decode()
+        self.replay = self.router.last_endpoint.decode()
+
+    async def publish(self, *, lost: bool = False, payload: bytes | None = None, events: list | None = None) -> None:
+        seq = len(self.sent)
+        good = msgspec.msgpack.encode([1.0 + seq, events if events is not None else [stored(seq)], 0])
+        self.sent.append(good)
+        if not lost:
+            await self.pub.send_multipart([b"kv-events", seq.to_bytes(8), payload if payload is not None else good])
+
+    async def serve_replays(self) -> None:
+        while True:
+            peer, _, start = await self.router.recv_multipart()
+            self.asked.append(int.from_bytes(start))
+            if self.deaf:
+                continue
+            topic = [b"kv-events"] if self.topic_in_replay else []
+            hole, self.hole = self.hole, set()
+            first = max(self.asked[-1], len(self.sent) - self.ring)
+            for seq in range(first, len(self.sent)):
+                if seq not in hole:
+                    await self.router.send_multipart([peer, b"", *topic, seq.to_bytes(8), self.sent[seq]])
+            await self.router.send_multipart([peer, b"", *([b""] if topic else []), END, b""])
+
+    def close(self) -> None:
+        self.pub.close()
+        self.router.close()
+
+
+class Sink:
+    """Remembers the number of every batch applied since the last clear."""
+
+    def __init__(self) -> None:
+        self.status = StreamStatus()
+        self.numbers: list[int] = []
+        self.clears = 0
+
+    def apply(self, target: Target, batch: KvBatch) -> None:
+        assert target == TARGET
+        for event in batch.events:
+            assert isinstance(event, BlocksStored)
+            self.numbers.append(event.hashes[0] - 1)
+
+    def clear(self, target: Target) -> None:
+        assert target == TARGET
+        self.numbers.clear()
+        self.clears += 1
+
+    def stream(self, target: Target) -> StreamStatus:
+        return self.status
+
+
+class Bench:
+    """A subscriber under test and its publisher, which may be replaced by a new process on the same ports."""
+
+    def __init__(self, context: zmq.asyncio.Context, group: asyncio.TaskGroup) -> None:
+        self.context = context
+        self.group = group
+        self.sink = Sink()
+        self.disconnects = 0
+        self.publisher: Publisher
+        self.tasks: list[asyncio.Task] = []
+        self.replaying: asyncio.Task
+
+    def start_publisher(self, **kwargs) -> Publisher:
+        self.publisher = Publisher(self.context, **kwargs)
+        self.replaying = self.group.create_task(self.publisher.serve_replays())
+        return self.publisher
+
+    async def kill_publisher(self) -> None:
+        self.replaying.cancel()
+        await asyncio.wait([self.replaying])
+        self.publisher.close()
+
+    async def restart_publisher(self) -> Publisher:
+        old = self.publisher
+        await self.kill_publisher()
+        for _ in range(100):  # the ports are free a moment after the close
+            try:
+                return self.start_publisher(ring=old.ring, events=old.events, replay=old.replay)
+            except zmq.ZMQError as error:
+                assert error.errno == zmq.EADDRINUSE
+                await asyncio.sleep(0.02)
+        raise AssertionError("the port did not become free")
+
+    def subscribe(self, *, replay: bool = True, topic: str = "", **config) -> Subscriber:
+        source = EventSource(self.publisher.events, self.publisher.replay if replay else None, topic)
+        self.subscriber = Subscriber(
+            TARGET,
+            source,
+            self.sink,
+            EventsConfig(**{"replay_timeout_s": 0.3, "reconnect_ms": 20, "reconnect_max_ms": 50, **config}),
+            self.context,
+            on_disconnect=self.count_disconnect,
+            rng=random.Random(1),
+        )
+        self.tasks.append(self.group.create_task(self.subscriber.run()))
+        return self.subscriber
+
+    def count_disconnect(self) -> None:
+        self.disconnects += 1
+
+    async def until(self, condition: Callable[[], bool], seconds: float = 15.0) -> None:
+        try:
+            async with asyncio.timeout(seconds):
+                while not condition():
+                    await asyncio.sleep(0.005)
+        except TimeoutError:
+            pytest.fail(
+                f"not reached: {self.sink.status} numbers={self.sink.numbers[-20:]} asked={self.publisher.asked}"
+            )
+
+    async def until_exact(self) -> None:
+        """Everything the current process published is applied, in order and once, and the stream says so."""
+        everything = lambda: list(range(len(self.publisher.sent)))  # noqa: E731
+        await self.until(lambda: self.sink.numbers == everything() and self.sink.status.state is StreamState.LIVE)
+        assert not self.sink.status.partial
+
+
+@pytest.fixture
+async def bench() -> AsyncIterator[Bench]:
+    context = zmq.asyncio.Context()
+    try:
+        async with asyncio.TaskGroup() as group:
+            bench = Bench(context, group)
+            yield bench
+            for task in bench.tasks:
+                task.cancel()
+            await bench.kill_publisher()
+    finally:
+        # Terminating waits for every socket that was left open.
+        end = threading.Thread(target=context.term, daemon=True)
+        end.start()
+        await asyncio.to_thread(end.join, 5)
+        assert not end.is_alive(), "a socket was left open"
+
+
+async def test_history_is_fetched_on_connect_and_live_batches_follow(bench: Bench) -> None:
+    publisher = bench.start_publisher()
+    for _ in range(300):
+        await publisher.publish()
+    bench.subscribe()
+    await bench.until_exact()
+    for _ in range(300):
+        await publisher.publish()
+    await bench.until_exact()
+    assert bench.sink.status.batches == 600
+    assert bench.sink.status.last_seq == 599
+    assert bench.sink.status.last_event_at > 0
+    assert publisher.asked == [0]
+
+
+async def test_an_idle_engine_is_live(bench: Bench) -> None:
+    bench.start_publisher()
+    bench.subscribe()
+    await bench.until_exact()
+    assert bench.sink.status.freshness == 1.0
+
+
+async def test_replies_without_topic(bench: Bench) -> None:
+    publisher = bench.start_publisher()
+    publisher.topic_in_replay = False
+    for _ in range(5):
+        await publisher.publish()
+    bench.subscribe()
+    await bench.until_exact()
+
+
+async def test_another_topic_is_not_received(bench: Bench) -> None:
+    publisher = bench.start_publisher()
+    bench.subscribe(replay=False, topic="kv-events-of-b")
+    await bench.until(lambda: "nothing heard" in bench.sink.status.detail)
+    await publisher.publish()
+    with pytest.raises(TimeoutError):
+        async with asyncio.timeout(0.3):
+            await asyncio.Event().wait()
+    assert bench.sink.status.state is StreamState.COLD
+
+
+async def test_a_gap_is_fetched_again(bench: Bench) -> None:
+    publisher = bench.start_publisher()
+    bench.subscribe()
+    await bench.until_exact()
+    await publisher.publish()
+    await bench.until_exact()
+    for lost in (True, True, False, False):
+        await publisher.publish(lost=lost)
+    await bench.until_exact()
+    assert bench.sink.status.gaps == 1
+    assert bench.sink.status.missed == 0
+    assert publisher.asked == [0, 0]
+
+
+async def test_a_lost_last_batch_is_found_without_another(bench: Bench) -> None:
+    publisher = bench.start_publisher()
+    bench.subscribe()
+    await bench.until_exact()
+    await publisher.publish()
+    await bench.until_exact()
+    await publisher.publish(lost=True)
+    await bench.until_exact()
+
+
+async def test_holes_in_the_answer_are_asked_again_once_a_second(bench: Bench) -> None:
+    publisher = bench.start_publisher()
+    for _ in range(20):
+        await publisher.publish()
+    publisher.hole = {3, 4, 9, 19}
+    loop = asyncio.get_running_loop()
+    began = loop.time()
+    bench.subscribe()
+    await bench.until_exact()
+    assert publisher.asked[:2] == [0, 2]
+    assert loop.time() - began >= len(publisher.asked) - 1
+
+
+async def test_restart_on_the_same_ports(bench: Bench) -> None:
+    publisher = bench.start_publisher()
+    bench.subscribe()
+    for _ in range(10):
+        await publisher.publish()
+    await bench.until_exact()
+    publisher = await bench.restart_publisher()
+    await bench.until(lambda: bench.disconnects > 0)
+    await bench.until_exact()  # nothing published yet: the old blocks are gone all the same
+    assert bench.sink.clears == 1
+    for _ in range(3):
+        await publisher.publish()
+    await bench.until_exact()
+    assert bench.sink.status.restarts == 1
+
+
+async def test_restart_that_has_counted_past_the_old_process(bench: Bench) -> None:
+    publisher = bench.start_publisher()
+    bench.subscribe()
+    for _ in range(4):
+        await publisher.publish()
+    await bench.until_exact()
+    publisher = await bench.restart_publisher()
+    for seq in range(9):
+        await publisher.publish(lost=True, events=[stored(seq)])
+        publisher.sent[-1] = msgspec.msgpack.encode([500.0 + seq, [stored(seq)], 0])
+    await bench.until_exact()
+    assert bench.sink.clears == 1
+
+
+async def test_restart_without_replay_is_seen_by_its_numbers_or_told(bench: Bench) -> None:
+    publisher = bench.start_publisher()
+    bench.subscribe(replay=False)
+    await bench.until(lambda: "nothing heard" in bench.sink.status.detail)
+    while not bench.sink.numbers:  # a subscription takes effect some time after the handshake
+        await publisher.publish()
+        await asyncio.sleep(0.01)
+    await publisher.publish()
+    await bench.until(lambda: bench.sink.numbers[-1:] == [len(publisher.sent) - 1])
+    bench.subscriber.notify_restarted()
+    await bench.until(lambda: bench.sink.clears == 1 and not bench.sink.numbers)
+    publisher = await bench.restart_publisher()
+    await bench.until(lambda: bench.disconnects > 0 and bench.sink.status.state is not StreamState.SYNCING)
+    while not bench.sink.numbers:
+        await publisher.publish()
+        await asyncio.sleep(0.01)
+    await bench.until(lambda: bench.sink.numbers[-1:] == [len(publisher.sent) - 1])
+    assert bench.sink.status.state is StreamState.LIVE
+
+
+async def test_a_rolled_ring_gives_its_suffix(bench: Bench) -> None:
+    publisher = bench.start_publisher(ring=10)
+    for _ in range(50):
+        await publisher.publish()
+    bench.subscribe()
+    await bench.until(lambda: bench.sink.numbers == list(range(40, 50)))
+    await bench.until(lambda: bench.sink.status.state is StreamState.LIVE)
+    assert bench.sink.status.partial
+    assert bench.sink.status.missed == 0
+    await publisher.publish()
+    await bench.until(lambda: bench.sink.numbers == list(range(40, 51)))
+
+
+async def test_a_ring_that_rolls_over_a_gap_leaves_the_stream_stale_but_followed(bench: Bench) -> None:
+    publisher = bench.start_publisher(ring=5)
+    bench.subscribe()
+    for _ in range(5):
+        await publisher.publish()
+    await bench.until_exact()
+    for _ in range(20):
+        await publisher.publish(lost=True)
+    await publisher.publish()
+    await bench.until(lambda: bench.sink.status.state is StreamState.STALE)
+    assert bench.sink.numbers == [*range(5), *range(21, 26)]
+    assert bench.sink.status.missed == 16
+    assert "16 batches" in bench.sink.status.detail
+    await publisher.publish()
+    await bench.until(lambda: bench.sink.numbers[-1] == 26)
+
+
+async def test_a_dead_replay_port_does_not_stop_the_stream_and_its_return_repairs_it(bench: Bench) -> None:
+    publisher = bench.start_publisher()
+    publisher.deaf = True
+    await publisher.publish()
+    bench.subscribe(replay_timeout_s=0.1)
+    await bench.until(lambda: publisher.asked == [0])
+    await publisher.publish()
+    await bench.until(lambda: bench.sink.numbers == [1])
+    assert bench.sink.status.partial
+    publisher.deaf = False
+    await bench.until_exact()
+
+
+async def test_unreadable_batches_are_fetched_again_or_given_up(bench: Bench) -> None:
+    publisher = bench.start_publisher()
+    bench.subscribe()
+    await bench.until_exact()
+    await publisher.publish()
+    await publisher.publish(payload=b"\xc1garbled on the way")
+    await publisher.publish()
+    await bench.until_exact()
+    assert bench.sink.status.decode_failures == 1
+    await publisher.publish(payload=b"\xc1")
+    publisher.sent[-1] = b"\xc1"  # the engine itself wrote this
+    await publisher.publish()
+    await bench.until(lambda: bench.sink.status.state is StreamState.STALE)
+    assert bench.sink.numbers == [0, 1, 2, 4]
+    assert bench.sink.status.missed == 1
+    assert "unreadable" in bench.sink.status.detail
+
+
+async def test_misshapen_messages_are_counted(bench: Bench) -> None:
+    publisher = bench.start_publisher()
+    bench.subscribe()
+    await bench.until_exact()
+    for message in ([b""], [b"t", b"short", b""], [b"t", b"1" * 8, b"", b"more"], [b""] * 30):
+        await publisher.pub.send_multipart(message)
+    await publisher.publish()
+    await bench.until_exact()
+    assert bench.sink.status.decode_failures == 4
+
+
+async def test_a_message_over_the_limit_is_given_up_and_the_stream_goes_on(bench: Bench) -> None:
+    publisher = bench.start_publisher()
+    bench.subscribe(max_message_bytes=4096, replay_timeout_s=0.1, stale_after_replays=2)
+    await bench.until_exact()
+    await publisher.publish()
+    await bench.until_exact()
+    await publisher.publish(events=[stored(1)] * 200)
+    await bench.until(lambda: bench.disconnects > 0)  # ZeroMQ cuts the connection of whoever sends too much
+    await bench.until(lambda: bench.sink.status.state is not StreamState.SYNCING)
+    while bench.sink.numbers[-1] == 0:
+        await publisher.publish()
+        await asyncio.sleep(0.1)
+    await bench.until(lambda: bench.sink.status.state is StreamState.STALE)
+    assert 1 not in bench.sink.numbers
+    assert bench.sink.status.missed == 1
+
+
+async def test_an_address_that_is_none_is_said_not_raised(bench: Bench) -> None:
+    bench.start_publisher()
+    for address in ("tcp://host", "inproc://somewhere", "http://host:80", ""):
+        bench.sink.status = StreamStatus()
+        bench.publisher.events = address
+        bench.subscribe()
+        await bench.until(lambda: "tcp://host:port" in bench.sink.status.detail)
+        assert bench.sink.status.state is StreamState.COLD
+
+
+async def test_a_port_that_speaks_no_zeromq_is_named(bench: Bench) -> None:
+    async def greet(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(b"HTTP/1.1 400 Bad Request\r\n\r\n" + b" " * 100)
+        writer.close()
+
+    bench.start_publisher()
+    server = await asyncio.start_server(greet, "127.0.0.1", 0)
+    async with server:
+        bench.publisher.events = "tcp://127.0.0.1:%d" % server.sockets[0].getsockname()[1]
+        bench.subscribe()
+        await bench.until(lambda: "does not speak ZeroMQ" in bench.sink.status.detail)
+
+
+async def test_a_storm_leaves_the_loop_responsive(bench: Bench) -> None:
+    publisher = bench.start_publisher()
+    bench.subscribe()
+    await bench.until_exact()
+    loop = asyncio.get_running_loop()
+    payloads = 20_000
+    for _ in range(payloads):
+        await publisher.publish()
+    worst = 0.0
+    while len(bench.sink.numbers) < payloads:
+        before = loop.time()
+        await asyncio.sleep(0)
+        worst = max(worst, loop.time() - before)
+        assert worst < 1.0
+    await bench.until_exact()
+    assert worst < 0.25  # slices of 1 ms; the bound leaves room for a busy machine
