@@ -70,7 +70,7 @@ class Router:
         self.loads = LoadTable(clock, config.request_expiry_s)
         self._weights = _weights(config)
         self._rng = random.Random(config.seed)
-        self._turn = 0  # of round-robin
+        self._turn = 0  # of round-robin; only what is booked takes a turn
 
     @property
     def role(self) -> Role:
@@ -155,6 +155,7 @@ class Router:
         """
         self.loads.check_free(request_id)
         decision, booking = self._decide(prompt, hints, model, explain, exclude)
+        self._turn += 1
         return self.loads.book(request_id, decision, booking, ttl_s)
 
     def mark_prefill_complete(self, request_id: str) -> None:
@@ -294,8 +295,7 @@ class Router:
 
     def _pick(self, rows: list[Row], costs: list[float], cost: Cost, temperature: float) -> int:
         if self.config.mode == "round-robin":
-            self._turn += 1
-            return (self._turn - 1) % len(rows)
+            return self._turn % len(rows)
         if self.config.mode == "random":
             return self._rng.randrange(len(rows))
         if temperature > 0:
