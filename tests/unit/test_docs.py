@@ -83,6 +83,13 @@ def test_engines_are_always_shown_with_events_and_replay(page: Path) -> None:
             assert "--block-size" in command
 
 
+@EVERY_PAGE
+def test_make_targets_that_are_named_exist(page: Path) -> None:
+    targets = set(re.findall(r"^([a-z][a-z-]*):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    named = re.findall(r"(?:^|`)make ([a-z][a-z-]*)", page.read_text(), re.MULTILINE)
+    assert set(named) <= targets
+
+
 def test_table_of_errors_is_the_table_of_the_server() -> None:
     rows = re.findall(
         r"^\| ([A-Z_, ]+) \| ([A-Z_, ]+) \| (yes|no) \| (.+) \|$", prose(ROOT / "docs/errors.md"), re.MULTILINE
