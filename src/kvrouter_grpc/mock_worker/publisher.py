@@ -102,7 +102,7 @@ def open_publishers(
         replay_port: ROUTER port of rank 0; 0 picks a free range.
 
     Raises:
-        zmq.ZMQError: A port is taken.
+        OSError: A port is taken, or the host is not one of this machine.
     """
     host = "*" if config.host in ("", "0.0.0.0", "::") else config.host
 
@@ -119,7 +119,7 @@ def open_publishers(
     pubs = _bind_range(new_pub, host, events_port, config.dp_size)
     try:
         routers = _bind_range(new_router, host, replay_port, config.dp_size)
-    except zmq.ZMQError:
+    except OSError:
         for pub in pubs:
             pub.close(linger=0)
         raise
@@ -139,11 +139,11 @@ def _bind_range(new_socket: Callable[[], S], host: str, port: int, count: int) -
                 sockets.append(new_socket())
                 sockets[rank].bind(f"tcp://{host}:{base + rank if base else '*'}")
                 base = base or int(_endpoint(sockets[0]).rpartition(":")[2])
-        except zmq.ZMQError:
+        except zmq.ZMQError as error:
             for socket in sockets:
                 socket.close(linger=0)
-            if not attempts:
-                raise
+            if error.errno != zmq.EADDRINUSE or not attempts:
+                raise OSError(error.errno, error.strerror) from None
         else:
             return sockets
 

@@ -189,10 +189,9 @@ class Surface:
             if not 0 <= wanted < ranks:
                 raise bad_request(f"data_parallel_rank {wanted} is out of range [0, {ranks}).")
             return self._engines[wanted]
-        self._turn = (self._turn + 1) % ranks
-        order = [*self._engines[self._turn - 1 :], *self._engines[: self._turn - 1]]
+        turn, self._turn = self._turn, (self._turn + 1) % ranks  # ties go round
         return min(
-            order,
+            [*self._engines[turn:], *self._engines[:turn]],
             key=lambda engine: engine.scheduler.num_waiting * _WAITING_WEIGHT + engine.scheduler.num_running,
         )
 

@@ -41,7 +41,7 @@ class _Life:
             if config.kv_events:
                 self.publishers = open_publishers(config, self._context, ports.events, ports.replay)
             self._listener = socket.create_server((config.host, ports.http), backlog=_BACKLOG)
-        except OSError:  # zmq.ZMQError is one, too
+        except OSError:
             self._close_publishers(linger_ms=0)
             raise
         self.port: int = self._listener.getsockname()[1]
@@ -115,18 +115,15 @@ class MockWorker:
         await self._tasks.__aenter__()
         try:
             await self._start(_Life(self.config, self._ports))
-        except BaseException as error:
-            await self._tasks.__aexit__(type(error), error, error.__traceback__)
+        except BaseException:
+            await self._leave(abruptly=True)
             raise
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        try:
-            await self._end(abruptly=kind is not None)
-        finally:
-            await self._tasks.__aexit__(kind, error, traceback)
+        await self._leave(abruptly=kind is not None)
 
     # --- where and what it is ------------------------------------------------------------------------------------
 
@@ -152,11 +149,11 @@ class MockWorker:
 
     def block_manager(self, rank: int = 0) -> BlockManager:
         """The cache of one rank, to look into."""
-        return self._alive.engines[rank].blocks
+        return self._running.engines[rank].blocks
 
     def next_seq(self, rank: int = 0) -> int:
         """Sequence number of a rank's next event batch."""
-        return self._alive.publishers[rank].next_seq
+        return self._running.publishers[rank].next_seq
 
     # --- what can go wrong ---------------------------------------------------------------------------------------
 
@@ -171,31 +168,31 @@ class MockWorker:
 
     def drop_events(self, batches: int, rank: int = 0) -> None:
         """Lose the next `batches` event batches of a rank on the way; they can be replayed."""
-        self._alive.publishers[rank].drop(batches)
+        self._running.publishers[rank].drop(batches)
 
     def pause(self) -> None:
         """Stop computing: streams stall, `/health` stays 200."""
-        for engine in self._alive.engines:
+        for engine in self._running.engines:
             engine.pause()
 
     def resume(self) -> None:
         """Compute again after `pause`."""
-        for engine in self._alive.engines:
+        for engine in self._running.engines:
             engine.resume()
 
     def fail_engine(self) -> None:
         """Let the engine die under a living front end: open requests end with an error, `/health` turns 503."""
-        for engine in self._alive.engines:
+        for engine in self._running.engines:
             engine.fail()
 
     async def drain(self) -> None:
         """Take nothing new, wait for open requests at most `config.drain_s`, abort the rest; sockets stay open."""
-        await self._alive.drain(self.config.drain_s)
+        await self._running.drain(self.config.drain_s)
 
     # --- inside --------------------------------------------------------------------------------------------------
 
     @property
-    def _alive(self) -> _Life:
+    def _running(self) -> _Life:
         if self._life is None:
             raise RuntimeError("the mock worker is not running")
         return self._life
@@ -227,6 +224,13 @@ class MockWorker:
                 if error.errno != errno.EADDRINUSE or asyncio.get_running_loop().time() > deadline:
                     raise
             await asyncio.sleep(_REBIND_PAUSE_S)
+
+    async def _leave(self, *, abruptly: bool) -> None:
+        try:
+            await self._end(abruptly=abruptly)
+        finally:
+            # Told of no error, so that the group wraps none of the caller's: it only reports errors of its own tasks.
+            await self._tasks.__aexit__(None, None, None)
 
     async def _end(self, *, abruptly: bool) -> None:
         life, self._life = self._life, None
