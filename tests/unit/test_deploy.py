@@ -24,9 +24,7 @@ Resource = dict[str, Any]
 def resources() -> list[Resource]:
     """Every document that the kustomization renders; the generated ConfigMap without its name's hash."""
     documents = [
-        document
-        for name in KUSTOMIZATION["resources"]
-        for document in yaml.safe_load_all((BASE / name).read_text())
+        document for name in KUSTOMIZATION["resources"] for document in yaml.safe_load_all((BASE / name).read_text())
     ]
     for generated in KUSTOMIZATION["configMapGenerator"]:
         files = dict(each.split("=") for each in generated["files"])
@@ -89,9 +87,7 @@ def test_validation_would_notice_a_misspelt_field() -> None:
 
 
 def test_every_file_is_part_of_the_kustomization() -> None:
-    generated = [
-        entry.split("=")[1] for each in KUSTOMIZATION["configMapGenerator"] for entry in each["files"]
-    ]
+    generated = [entry.split("=")[1] for each in KUSTOMIZATION["configMapGenerator"] for entry in each["files"]]
     assert sorted(path.name for path in BASE.iterdir()) == sorted(
         ["kustomization.yaml", *KUSTOMIZATION["resources"], *generated]
     )
@@ -108,8 +104,7 @@ def test_selectors_match_the_pods(workload: Resource) -> None:
     labels = workload["spec"]["template"]["metadata"]["labels"]
     assert workload["spec"]["selector"]["matchLabels"].items() <= labels.items()
     assert (
-        pod(workload)["serviceAccountName"]
-        == find("ServiceAccount", workload["metadata"]["name"])["metadata"]["name"]
+        pod(workload)["serviceAccountName"] == find("ServiceAccount", workload["metadata"]["name"])["metadata"]["name"]
     )
 
 
@@ -118,18 +113,14 @@ def test_no_pod_has_a_token_or_service_links(workload: Resource) -> None:
     # Service links inject VLLM_PORT, which vLLM reads as a setting, and KVROUTER_PORT, which looks like one.
     assert pod(workload)["automountServiceAccountToken"] is False
     assert pod(workload)["enableServiceLinks"] is False
-    assert (
-        find("ServiceAccount", pod(workload)["serviceAccountName"])["automountServiceAccountToken"] is False
-    )
+    assert find("ServiceAccount", pod(workload)["serviceAccountName"])["automountServiceAccountToken"] is False
 
 
 @pytest.mark.parametrize("service", [each for each in RESOURCES if each["kind"] == "Service"], ids=label)
 def test_service_reaches_a_named_port(service: Resource) -> None:
     selector = service["spec"]["selector"]
     (workload,) = (
-        each
-        for each in (ROUTER, ENGINE)
-        if selector.items() <= each["spec"]["template"]["metadata"]["labels"].items()
+        each for each in (ROUTER, ENGINE) if selector.items() <= each["spec"]["template"]["metadata"]["labels"].items()
     )
     for each in service["spec"]["ports"]:
         assert ports(workload)[each["targetPort"]] == each["port"]
@@ -171,9 +162,7 @@ def test_administration_is_not_reachable_from_the_network() -> None:
 
 def test_every_worker_of_the_configuration_is_a_pod() -> None:
     name = ENGINE["metadata"]["name"]
-    assert [worker.name for worker in CONFIG.workers] == [
-        f"{name}-{i}" for i in range(ENGINE["spec"]["replicas"])
-    ]
+    assert [worker.name for worker in CONFIG.workers] == [f"{name}-{i}" for i in range(ENGINE["spec"]["replicas"])]
     events = json.loads(engine_flags()["--kv-events-config"])
     for worker in CONFIG.workers:
         assert worker.events is not None
@@ -200,10 +189,7 @@ def test_engines_publish_what_the_router_needs() -> None:
 
 def test_engines_answer_the_router_only() -> None:
     policy = find("NetworkPolicy", "vllm")["spec"]
-    assert (
-        policy["podSelector"]["matchLabels"].items()
-        <= ENGINE["spec"]["template"]["metadata"]["labels"].items()
-    )
+    assert policy["podSelector"]["matchLabels"].items() <= ENGINE["spec"]["template"]["metadata"]["labels"].items()
     assert policy["policyTypes"] == ["Ingress"]
     (rule,) = policy["ingress"]
     (source,) = rule["from"]
@@ -213,14 +199,9 @@ def test_engines_answer_the_router_only() -> None:
 
 def test_router_reaches_workers_and_names_only() -> None:
     policy = find("NetworkPolicy", "kvrouter")["spec"]
-    assert (
-        policy["podSelector"]["matchLabels"].items()
-        <= ROUTER["spec"]["template"]["metadata"]["labels"].items()
-    )
+    assert policy["podSelector"]["matchLabels"].items() <= ROUTER["spec"]["template"]["metadata"]["labels"].items()
     assert policy["policyTypes"] == ["Ingress", "Egress"]
-    assert {each["port"] for rule in policy["ingress"] for each in rule["ports"]} == set(
-        ports(ROUTER).values()
-    )
+    assert {each["port"] for rule in policy["ingress"] for each in rule["ports"]} == set(ports(ROUTER).values())
     workers, names = policy["egress"]
     assert workers["to"] == [{"podSelector": {"matchLabels": ENGINE["spec"]["selector"]["matchLabels"]}}]
     assert {each["port"] for each in workers["ports"]} == set(ports(ENGINE).values())

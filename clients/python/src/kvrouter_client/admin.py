@@ -81,9 +81,7 @@ class KvRouterAdminClient:
     async def deregister_worker(self, name: str) -> None:
         """Remove a worker at once. Its streams go on; its cache is forgotten."""
         with rpc_errors():
-            await self._stub.DeregisterWorker(
-                admin_pb2.DeregisterWorkerRequest(name=name), timeout=self._timeout_s
-            )
+            await self._stub.DeregisterWorker(admin_pb2.DeregisterWorkerRequest(name=name), timeout=self._timeout_s)
 
     async def drain_worker(self, name: str, *, undo: bool = False) -> int:
         """Give a worker nothing new (or, with `undo`, take that back); returns the requests it still has."""

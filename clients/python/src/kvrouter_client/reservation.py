@@ -66,9 +66,7 @@ class Reservation:
         Raises:
             KvRouterError: NOT_FOUND when the reservation expired.
         """
-        request = router_pb2.MarkPrefillCompleteRequest(
-            request_id=self.request_id, endpoint=self._request.endpoint
-        )
+        request = router_pb2.MarkPrefillCompleteRequest(request_id=self.request_id, endpoint=self._request.endpoint)
         with rpc_errors():
             await self._stub.MarkPrefillComplete(request, timeout=self._timeout_s)
 
