@@ -1,6 +1,8 @@
 """The mock worker over its sockets: HTTP, server-sent events, KV events, replay."""
 
 import asyncio
+import random
+from collections import Counter
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -248,6 +250,44 @@ async def test_events_say_what_the_cache_holds(http: aiohttp.ClientSession) -> N
         replies = await replayed(worker.replay_endpoints[0], numbers[0])
         assert replies[-1] == [b"", b"", b"\xff" * 8, b""]
         assert replies[:-1] == [[b"", *frames] for frames in seen]
+
+
+async def test_after_a_storm_the_events_still_say_what_the_cache_holds(http: aiohttp.ClientSession) -> None:
+    """Shared prefixes, eviction, preemption and clients that leave, all at once."""
+    rng = random.Random(11)
+    async with MockWorker(
+        fast(block_size=4, num_blocks=40, max_num_seqs=8, max_num_batched_tokens=32, replay_hwm=0)
+    ) as worker:
+
+        async def one(seed: int) -> None:
+            body = {"prompt": prompt(seed % 5, 8 + seed % 29), "max_tokens": 1 + seed % 40, "stream": True}
+            async with http.post(f"{worker.url}/v1/completions", json=body) as response:
+                if seed % 4 == 0:
+                    await response.content.readany()
+                    response.close()
+                else:
+                    assert (await response.text()).endswith("data: [DONE]\n\n")
+
+        async with asyncio.TaskGroup() as tasks:
+            for _ in range(300):
+                tasks.create_task(one(rng.randrange(1_000_000)))
+        blocks = worker.block_manager()
+        await until(lambda: blocks.usage == 0)
+        assert await metric(http, worker, "vllm:num_preemptions_total") > 0
+        # One more step, so that what the last abort left unsaid is published.
+        await complete(http, worker, prompt=prompt(99, 5), max_tokens=1)
+        held: Counter[int] = Counter()
+        removals = 0
+        for frames in (await replayed(worker.replay_endpoints[0]))[:-1]:
+            for event in msgspec.msgpack.decode(frames[-1])[1]:
+                if event["type"] == "BlockStored":
+                    held.update(event["block_hashes"])
+                else:
+                    held.subtract(event["block_hashes"])
+                    removals += 1
+        assert removals > 100
+        assert min(held.values()) == 0
+        assert held.total() == blocks.cached_blocks
 
 
 async def test_replay_keeps_what_the_ring_holds(http: aiohttp.ClientSession) -> None:

@@ -100,6 +100,7 @@ def test_refusals_are_worded_like_vllm(body: dict[str, Any], status: int, error:
         (b'{"prompt":' + b"[" * 5000, None),
         (b'{"prompt":{"a":1}}', "body.prompt"),
         (b'{"prompt":[-1]}', "body.prompt"),
+        (b'{"prompt":[[1],[2,null]]}', "body.prompt.1.1"),
         (b'{"prompt":[[1],[]]}', None),
         (b'{"prompt":[1,"a"]}', "prompt"),
         (b'{"prompt":[1],"max_tokens":"many"}', "body.max_tokens"),

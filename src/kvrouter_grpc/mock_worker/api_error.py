@@ -1,6 +1,7 @@
 """Errors in the form of vLLM's OpenAI surface."""
 
 import json
+import re
 
 import msgspec
 
@@ -41,9 +42,9 @@ def not_found(message: str, param: str | None = None) -> ApiError:
 def malformed(raw: bytes, error: Exception) -> ApiError:
     """The body is not JSON, or not of the right types."""
     if isinstance(error, msgspec.ValidationError):
-        message, _, path = str(error).rpartition(" - at ")
-        place = "body" + path.strip("`").removeprefix("$").replace("[...]", ".0") if message else "body"
-        return ApiError(400, "Bad Request", f"1 validation error:\n  {message or error}", place)
+        message, _, path = str(error).partition(" - at ")
+        place = "body" + re.sub(r"\[([^]]*)\]", r".\1", path.strip("`").removeprefix("$"))
+        return ApiError(400, "Bad Request", f"1 validation error:\n  {message}", place)
     return ApiError(400, "Bad Request", "1 validation error:\n  JSON decode error", f"body.{len(raw)}")
 
 

@@ -109,12 +109,9 @@ class Surface:
             while any(sequence.finish_reason is None for sequence in sequences):
                 await outbox.get()
         finally:
-            _abort(engine, sequences)
+            params = self._settle(request_id, engine, sequences)
         if engine.failed:
             raise internal(_ENGINE_DEAD)
-        params = None
-        if sequences[0].keep_blocks and sequences[0].finish_reason == "length":
-            params = self._transfers.offer(request_id, engine, sequences[0])
         return web.Response(body=answer.body(params), content_type="application/json")
 
     async def _stream(self, request: web.Request, completion: Completion, engine: Engine) -> web.StreamResponse:
@@ -138,9 +135,7 @@ class Surface:
         except ApiError as error:
             await response.write(error.event())
         finally:
-            _abort(engine, sequences)
-        if sequences and sequences[0].keep_blocks and sequences[0].finish_reason == "length":
-            self._transfers.offer(request_id, engine, sequences[0])  # pinned, though a stream does not say where
+            self._settle(request_id, engine, sequences)  # a stream does not say where kept blocks are
         await response.write(STREAM_END)
         await response.write_eof()
         return response
@@ -169,7 +164,7 @@ class Surface:
                 index=number * body.n + choice,
                 report_hits=completion.report_hits,
                 remote_tokens=remote_tokens,
-                keep_blocks=params is not None and params.get("do_remote_decode") is True,
+                keep_blocks=number == choice == 0 and (params or {}).get("do_remote_decode") is True,
             )
             for number, prompt in enumerate(completion.prompts)
             for choice in range(body.n)
@@ -177,6 +172,13 @@ class Surface:
         for sequence in sequences:
             engine.submit(sequence)
         return sequences
+
+    def _settle(self, request_id: str, engine: Engine, sequences: Seq[Sequence]) -> dict[str, Any] | None:
+        """End what still runs, since nobody listens any more, and offer blocks that are kept for a decode worker."""
+        for sequence in sequences:
+            engine.abort(sequence)
+        kept = [sequence for sequence in sequences if sequence.keep_blocks and sequence.finish_reason == "length"]
+        return self._transfers.offer(request_id, engine, kept[0]) if kept else None
 
     def _pick_engine(self, request: web.Request) -> Engine:
         if self.draining:
@@ -325,16 +327,12 @@ async def _api_errors(
         await response.write(error.event() + STREAM_END)
         await response.write_eof()
         return response
+    except web.HTTPException as error:  # no such path or method, body too large
+        return web.json_response({"detail": error.reason}, status=error.status)
 
 
 def _request_id(request: web.Request, completion: Completion) -> str:
     return f"cmpl-{request.headers.get('X-Request-Id') or completion.body.request_id or uuid.uuid4().hex[:16]}"
-
-
-def _abort(engine: Engine, sequences: Seq[Sequence]) -> None:
-    """End what has not ended: the client is gone, or the engine is."""
-    for sequence in sequences:
-        engine.abort(sequence)
 
 
 def _render_message(message: Any) -> str:
