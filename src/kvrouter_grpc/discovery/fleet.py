@@ -26,7 +26,7 @@ from kvrouter_grpc.types import Target, WorkerFacts, WorkerSpec, WorkerState
 from kvrouter_grpc.upstream.vllm_http import VllmHttpClient
 
 SWEEP_S = 0.25
-"""How often expired registrations are looked for, in seconds."""
+"""How often expired registrations and reservations are looked for, in seconds."""
 
 log = structlog.get_logger(__name__)
 
@@ -263,6 +263,8 @@ class Fleet:
                 while True:
                     await asyncio.sleep(SWEEP_S)
                     self._sweep()
+                    for router in self._routers.values():
+                        router.loads.expire()
             finally:
                 self._group = None
 
