@@ -8,8 +8,9 @@ from typing import Any, TypeAlias
 
 import grpc
 import structlog
+from google.protobuf.message import DecodeError
 
-from kvrouter_grpc.errors import RouterError
+from kvrouter_grpc.errors import InvalidRequestError, RouterError
 from kvrouter_grpc.server.status import DETAILS_KEY, defect, status_of
 from kvrouter_grpc.server.violations import Violations
 
@@ -65,7 +66,7 @@ def _guard(handler: Any, method: str) -> Any:
     attribute, make = _KINDS[handler.request_streaming, handler.response_streaming]
     guard = _guard_streaming if handler.response_streaming else _guard_unary
     inner = getattr(handler, attribute)
-    return make(guard(inner, method), handler.request_deserializer, handler.response_serializer)
+    return make(guard(inner, method), _reader(handler.request_deserializer), handler.response_serializer)
 
 
 _KINDS: Mapping[tuple[bool, bool], tuple[str, Callable[..., Any]]] = {
@@ -77,10 +78,38 @@ _KINDS: Mapping[tuple[bool, bool], tuple[str, Callable[..., Any]]] = {
 """By whether requests and responses are streamed: the handler's attribute and what makes such a handler."""
 
 
+async def _write(context: Context, message: Any) -> bool:
+    """Send a message; False when nobody is there any more, which grpc.aio tells by an error of its own or a cancel."""
+    try:
+        await context.write(message)
+    except grpc.aio.InternalError:
+        return False
+    return True
+
+
+class _Unreadable:
+    """Stands for a request that is no message of the rpc's type."""
+
+
+def _reader(deserialize: Callable[[bytes], Any] | None) -> Callable[[bytes], Any] | None:
+    """A deserializer that does not raise: what it raises would reach the client before any handler could stop it."""
+    if deserialize is None:
+        return None
+
+    def read(data: bytes) -> Any:
+        try:
+            return deserialize(data)
+        except DecodeError:
+            return _Unreadable()
+
+    return read
+
+
 def _guard_unary(inner: Unary, method: str) -> Unary:
     async def handle(request: Any, context: Context) -> Any:
         _name_call(request)
         try:
+            _check_readable(request)
             return await inner(request, context)
         except Exception as error:  # noqa: BLE001 - this is the boundary
             await _abort(context, error, method)
@@ -94,13 +123,20 @@ def _guard_streaming(inner: Streaming, method: str) -> Unary:
     async def handle(request: Any, context: Context) -> None:
         _name_call(request)
         try:
+            _check_readable(request)
             async with aclosing(inner(request, context)) as messages:
                 async for message in messages:
-                    await context.write(message)
+                    if not await _write(context, message):
+                        return
         except Exception as error:  # noqa: BLE001 - this is the boundary
             await _abort(context, error, method)
 
     return handle
+
+
+def _check_readable(request: Any) -> None:
+    if isinstance(request, _Unreadable):
+        raise InvalidRequestError([("", "the message is not of the rpc's request type; is the client's contract old?")])
 
 
 def _usable(request_id: str) -> bool:
