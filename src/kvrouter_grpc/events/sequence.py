@@ -92,6 +92,7 @@ class StreamTracker:
         self._rolled = 0
         self._silent = 0
         self._unreadable: tuple[int, int | None] | None = None  # number and content of the last unreadable batch
+        self._rubbish = False  # the publisher writes batches that cannot be read
         self._restart_seen = False  # since the last handshake
         self._empty_proves = True  # an empty answer proves a restart
         self._emptied_at: int | None = None  # `next_seq` before the last restart that an empty answer proved
@@ -337,13 +338,13 @@ class StreamTracker:
         bad = (seq, self._recent.pop(seq))
         self.next_seq = seq
         self._taken -= 1
-        if self._can_replay and bad != self._unreadable and (self._taken or self._unreadable is None):
+        if self._can_replay and bad != self._unreadable and (self._taken or not self._rubbish):
             self.gaps += self._unreadable is None or self._unreadable[0] != seq
             self._unreadable = bad
         else:
-            # The same bytes twice, so the engine wrote them; or nothing it ever wrote could be read.
+            # The same bytes twice, so the engine wrote them; then, of one that never wrote anything else, all are lost.
             self._lose(seq + 1)
-            self._irreparable = True
+            self._rubbish = self._irreparable = True
 
     # --- parts ----------------------------------------------------------------------------------------------------
 
@@ -396,7 +397,7 @@ class StreamTracker:
         self._verify = self._can_replay
         self._unreadable = self._emptied_at = None
         self._restart_seen = True
-        self._irreparable = False
+        self._irreparable = self._rubbish = False
         return Verdict.RESTART
 
     def _start_over(self) -> None:
