@@ -93,6 +93,16 @@ def test_the_tail_of_the_oldest_sequence_is_evicted_first() -> None:
     assert len(third.blocks) == 3
 
 
+def test_of_duplicates_the_oldest_serves_the_hit() -> None:
+    blocks = BlockManager(16, SIZE)
+    original, _ = run_prompt(blocks, list(range(8)))
+    duplicate, _ = run_prompt(blocks, list(range(8)))
+    assert original.blocks[1] != duplicate.blocks[1]
+    third, hits = run_prompt(blocks, list(range(9)))
+    assert hits == 2
+    assert third.blocks[:2] == original.blocks
+
+
 def test_a_duplicate_leaves_one_behind() -> None:
     blocks = BlockManager(16, SIZE)
     for _ in range(2):
