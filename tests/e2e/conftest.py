@@ -18,18 +18,25 @@ FLEETS = {
 TWO_RANKS = EngineOptions(block_size=32, blocks=64, lora=False, dp_size=2)
 FIRST_WORD = 5  # the tokens below are special
 LOG_TAIL = 40
+STARTED = pytest.StashKey[float]()
 
 Prompts = Callable[[int], list[int]]
 Launch = Callable[..., Router]
 
 
 @pytest.hookimpl(wrapper=True)
-def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
-    """Show with a failure what engines and router logged."""
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo[None]
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Show with a failure what engines and router logged meanwhile."""
     report = yield
+    if call.when == "setup":
+        item.stash[STARTED] = call.start
     logs = getattr(item, "funcargs", {}).get("logs")
     if report.failed and logs is not None:
         for log in sorted(logs.iterdir()):
+            if log.stat().st_mtime < item.stash[STARTED]:
+                continue
             lines = log.read_text(errors="replace").splitlines()[-LOG_TAIL:]
             report.sections.append((f"end of {log.name}", "\n".join(lines)))
     return report

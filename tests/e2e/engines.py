@@ -106,7 +106,6 @@ class Answer:
     token_ids: list[int]
     text: str
     cached_tokens: int
-    finish_reason: str
 
 
 class Zygote:
@@ -214,9 +213,7 @@ class Engine:
             except OSError:
                 pass
             time.sleep(0.05)
-        raise TimeoutError(
-            f"engine {self.name} is not up after {START_TIMEOUT_S} s:\n{self.log.read_text()[-4000:]}"
-        )
+        raise TimeoutError(f"engine {self.name} is not up after {START_TIMEOUT_S} s:\n{self.log.read_text()[-4000:]}")
 
     def kill(self) -> None:
         """SIGKILL all of its processes, as the kernel's OOM killer or a lost node would; returns when they are gone."""
@@ -233,37 +230,31 @@ class Engine:
 
     # --- the engine's own word ------------------------------------------------------------------------------------
 
-    async def generate(
-        self,
-        tokens: Sequence[int],
-        max_tokens: int = 1,
-        *,
-        model: str = MODEL_NAME,
-        cache_salt: str | None = None,
-        dp_rank: int | None = None,
-    ) -> Answer:
-        """Ask past the router, greedily."""
-        body = {
-            "model": model,
+    async def ask(self, tokens: Sequence[int], dp_rank: int | None = None, **body: Any) -> dict[str, Any]:
+        """`POST /v1/completions`, past the router; greedy unless `body` says otherwise."""
+        request = {
+            "model": MODEL_NAME,
             "prompt": list(tokens),
-            "max_tokens": max_tokens,
             "temperature": 0,
             "ignore_eos": True,
             "return_token_ids": True,
-            **({"cache_salt": cache_salt} if cache_salt is not None else {}),
+            **body,
         }
         headers = {"X-data-parallel-rank": str(dp_rank)} if dp_rank is not None else {}
         async with (
             aiohttp.ClientSession() as session,
-            session.post(f"{self.url}/v1/completions", json=body, headers=headers) as response,
+            session.post(f"{self.url}/v1/completions", json=request, headers=headers) as response,
         ):
-            answer = await response.json()
+            answer: dict[str, Any] = await response.json()
             assert response.status == http.HTTPStatus.OK, answer
-        choice = answer["choices"][0]
+        return answer
+
+    async def generate(self, tokens: Sequence[int], max_tokens: int = 1, **options: Any) -> Answer:
+        """`ask` for one answer."""
+        answer = await self.ask(tokens, max_tokens=max_tokens, **options)
+        (choice,) = answer["choices"]
         details = answer["usage"].get("prompt_tokens_details") or {}
-        return Answer(
-            choice["token_ids"], choice["text"], details.get("cached_tokens") or 0, choice["finish_reason"]
-        )
+        return Answer(choice["token_ids"], choice["text"], details.get("cached_tokens") or 0)
 
     async def clear(self) -> None:
         """Drop every cached block, and have that said in the event stream.

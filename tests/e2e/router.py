@@ -27,6 +27,7 @@ from kvrouter_client import (
     StopConditions,
     StreamState,
     StreamStatus,
+    TokenLogprob,
     Usage,
     WorkerState,
     WorkerStatus,
@@ -53,6 +54,9 @@ class Reply:
     token_ids: list[int] = field(default_factory=list)
     text: str = ""
     finish_reason: FinishReason | None = None
+    stop_reason: str | int | None = None
+    log_probs: list[TokenLogprob] = field(default_factory=list)
+    top_logprobs: list[Sequence[TokenLogprob]] = field(default_factory=list)
     chunks: int = 0
     _routing: RoutingData | None = None
     _usage: Usage | None = None
@@ -67,7 +71,11 @@ class Reply:
         self.chunks += 1
         self.token_ids += chunk.token_ids
         self.text += chunk.text
+        self.log_probs += chunk.log_probs
+        self.top_logprobs += chunk.top_logprobs
         self.finish_reason = chunk.finish_reason or self.finish_reason
+        if chunk.stop_reason is not None:
+            self.stop_reason = chunk.stop_reason
 
     async def rest(self, stream: GenerateStream) -> None:
         """Append what is still to come."""
@@ -217,9 +225,7 @@ class Router:
             for dp_rank in range(engine.options.dp_size):
                 last = await engine.last_seq(dp_rank)
 
-                async def settled(
-                    engine: Engine = engine, dp_rank: int = dp_rank, last: int | None = last
-                ) -> bool:
+                async def settled(engine: Engine = engine, dp_rank: int = dp_rank, last: int | None = last) -> bool:
                     worker = await self.worker(engine)
                     streams = {stream.dp_rank: stream for stream in worker.streams}
                     if worker.state is not WorkerState.READY or dp_rank not in streams:

@@ -41,9 +41,7 @@ async def test_kill_and_restart(fleet: list[Engine], router: Router, prompt: Pro
         async def routed_elsewhere() -> bool:
             return (await router.client.best_worker_id(asked)).worker_name == other.name
 
-        await until(
-            routed_elsewhere, "the killed engine is out of the decision", killed + 1.0 - time.monotonic()
-        )
+        await until(routed_elsewhere, "the killed engine is out of the decision", killed + 1.0 - time.monotonic())
         assert (await router.generate(asked, 5)).routing.worker_name == other.name
         refused = await router.refused(asked, routing=pin)
         assert (refused.code, refused.reason) == (grpc.StatusCode.UNAVAILABLE, "PINNED_WORKER_UNAVAILABLE")
@@ -76,7 +74,7 @@ async def test_an_engine_that_dies_before_the_first_token_is_replaced(
     asked = prompt(8 * victim.block_size)
     await router.generate(asked, routing=await router.pin(victim))
     await router.settle(victim)
-    own = await other.generate(asked, 8)
+    own = await victim.generate(asked, 8)
     assert (await router.client.best_worker_id(asked)).worker_name == victim.name
     try:
         victim.kill()

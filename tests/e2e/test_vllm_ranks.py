@@ -36,9 +36,7 @@ async def test_requests_go_to_the_rank_that_holds_their_prefix(
             await router.settle()
 
 
-async def test_every_prediction_is_exact_on_both_ranks(
-    ranks: Engine, launch: Launch, prompt: Prompts
-) -> None:
+async def test_every_prediction_is_exact_on_both_ranks(ranks: Engine, launch: Launch, prompt: Prompts) -> None:
     size = ranks.block_size
     async with launch([ranks]) as router:
         await router.settle()

@@ -54,9 +54,7 @@ async def test_routers_side_by_side_agree(fleet: list[Engine], launch: Launch, p
                 assert (await first.worker(engine)).worker_id == (await second.worker(engine)).worker_id
 
 
-async def test_an_engine_is_asked_where_its_events_are(
-    fleet: list[Engine], launch: Launch, prompt: Prompts
-) -> None:
+async def test_an_engine_is_asked_where_its_events_are(fleet: list[Engine], launch: Launch, prompt: Prompts) -> None:
     """With nothing but a url: vLLM 0.32 tells, 0.28 cannot, and then the router says what is missing."""
     engine = fleet[0]
     asked = prompt(5 * engine.block_size)
@@ -68,7 +66,7 @@ async def test_an_engine_is_asked_where_its_events_are(
 
         await until(ready, "both engines are ready")
         status = await router.worker(engine)
-        assert status.spec.models == ("tiny",)
+        assert (status.spec.models, status.loras) == (("tiny", "tiny-lora"), ("tiny-lora",))
         assert status.max_model_len == 1024
         assert status.spec.block_size == engine.block_size
         if engine.options.tells_event_sockets:
@@ -93,8 +91,6 @@ async def test_another_block_size_is_a_fault_that_says_what_to_set(
         await until(faulty, "the mismatch is noticed")
         listed = await router.admin.list_workers()
         assert not listed.ready
-        assert any(str(size) in finding and "block-size" in finding for finding in listed.findings), (
-            listed.findings
-        )
+        assert any(str(size) in finding and "block-size" in finding for finding in listed.findings), listed.findings
         error = await router.refused(prompt(10))
         assert error.reason in {"NO_WORKERS", "NOT_READY"}

@@ -15,9 +15,7 @@ from kvrouter_client import FinishReason
 pytestmark = pytest.mark.vllm
 
 
-async def test_streamed_tokens_are_the_engines_own(
-    fleet: list[Engine], router: Router, prompt: Prompts
-) -> None:
+async def test_streamed_tokens_are_the_engines_own(fleet: list[Engine], router: Router, prompt: Prompts) -> None:
     for length, max_tokens in ((1, 1), (7, 25), (33, 64), (200, 5), (500, 100)):
         asked = prompt(length)
         own = await fleet[0].generate(asked, max_tokens)
@@ -44,9 +42,7 @@ async def test_concurrent_streams_do_not_mix(fleet: list[Engine], router: Router
     assert await router.booked() == (0, 0, 0)
 
 
-async def test_a_cancelled_call_is_aborted_in_the_engine(
-    fleet: list[Engine], router: Router, prompt: Prompts
-) -> None:
+async def test_a_cancelled_call_is_aborted_in_the_engine(fleet: list[Engine], router: Router, prompt: Prompts) -> None:
     engine = fleet[1]
     max_tokens = MAX_MODEL_LEN - 100
     generated = await engine.metric("vllm:generation_tokens_total")
@@ -71,9 +67,7 @@ async def test_a_cancelled_call_is_aborted_in_the_engine(
     assert 3 <= generated < max_tokens / 2, "the engine must not have gone on to the end"
 
 
-async def test_a_deadline_is_aborted_in_the_engine(
-    fleet: list[Engine], router: Router, prompt: Prompts
-) -> None:
+async def test_a_deadline_is_aborted_in_the_engine(fleet: list[Engine], router: Router, prompt: Prompts) -> None:
     engine = fleet[0]
     generated = await engine.metric("vllm:generation_tokens_total")
     pin = await router.pin(engine)
@@ -106,6 +100,4 @@ async def test_what_the_engine_refuses_is_an_invalid_argument(
     # The caller's fault is not the engine's: it stays in service, and nothing stays booked.
     assert await router.booked() == (0, 0, 0)
     good = prompt(30)
-    assert (await router.generate(good, 4, routing=pin)).token_ids == (
-        await engine.generate(good, 4)
-    ).token_ids
+    assert (await router.generate(good, 4, routing=pin)).token_ids == (await engine.generate(good, 4)).token_ids
