@@ -135,14 +135,21 @@ class StreamTracker:
         return ""
 
     @property
+    def ready(self) -> bool:
+        """Whether `take()` would give a batch."""
+        return self.next_seq in self._held
+
+    @property
     def repairable(self) -> bool:
         """Whether an audit may make good what was given up."""
         return self._can_replay and bool(self._lost or self.partial) and not self._irreparable
 
     @property
     def _hole(self) -> bool:
-        """Whether a batch is known to be missing. True of what is simply not taken yet, so drain first."""
-        return bool(self._held) or (self._unreadable is not None and self._unreadable[0] == self.next_seq)
+        """Whether the next batch is known to be missing."""
+        if self._held:
+            return self.next_seq not in self._held
+        return self._unreadable is not None and self._unreadable[0] == self.next_seq
 
     # --- the connection -------------------------------------------------------------------------------------------
 
@@ -196,7 +203,7 @@ class StreamTracker:
             self._live_high = seq
             self._keep(seq, payload)
             return Verdict.RESTART
-        gap = seq > self.next_seq and self._taken > 0 and not self._held
+        gap = seq > self.next_seq and self._taken > 0 and not self._hole
         self.gaps += gap
         if not self._keep(seq, payload):
             return Verdict.DUPLICATE

@@ -1,32 +1,30 @@
-"""Follows one rank's KV event stream: bytes from two sockets in, batches in order out to the index."""
+"""Follows one rank's KV event stream: messages from the sockets in, batches in order out to the index."""
 
 import asyncio
 import math
 import random
 import time
+from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 import structlog
 import zmq
-from zmq.utils.monitor import parse_monitor_message
 
 from kvrouter_grpc.config import EventsConfig
 from kvrouter_grpc.events.codec import CodecError, CodecLimits, decode_batch
 from kvrouter_grpc.events.sequence import StreamTracker, Verdict
+from kvrouter_grpc.events.sockets import Change, EventSockets, EventSource, Message
 from kvrouter_grpc.routing.stream import StreamStatus
 from kvrouter_grpc.types import CacheCleared, KvBatch, StreamState, Target
+
+__all__ = ["EventSource", "KvSink", "Subscriber"]
 
 SLICE_S = 0.001
 """Longest stretch of work before other tasks get the event loop: a storm of events must not delay a decision."""
 
 CHUNK = 16
 """Messages taken from a socket at once, so that live and replayed ones advance together."""
-
-REOPEN_S = 1.0
-"""Least time without a connection after which the socket is replaced: ZeroMQ itself never reconnects after a peer broke
-the protocol or sent a message over the limit."""
 
 REPLAY_INTERVAL_S = 1.0
 """Shortest time between two replay requests: an answer costs the engine's publisher thread up to its whole ring."""
@@ -38,17 +36,12 @@ AUDIT_S = 2.0
 AUDIT_MAX_S = 60.0
 """Quiet time before the first look for a lost last batch, and the longest between two looks. The wait doubles."""
 
-HEARTBEAT_MS = 5_000
-HEARTBEAT_TIMEOUT_MS = 15_000
-"""Silence after which a connection counts as dead: a host that vanished sends no FIN."""
+REOPEN_S = 1.0
+"""Least time without a connection after which the socket is replaced: ZeroMQ itself never reconnects after a peer broke
+the protocol or sent a message over the limit."""
 
 END = b"\xff" * 8
 """Sequence number -1: the end of a replay."""
-
-_HANDSHAKE_FAILED = (
-    zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL | zmq.EVENT_HANDSHAKE_FAILED_AUTH
-)
-_WATCHED = zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED | _HANDSHAKE_FAILED
 
 log = structlog.get_logger(__name__)
 
@@ -66,21 +59,6 @@ class KvSink(Protocol):
         """The target's status, which the subscriber keeps true."""
 
 
-@dataclass(frozen=True, slots=True)
-class EventSource:
-    """Where one rank publishes.
-
-    Attributes:
-        events: `tcp://host:port` (or `ipc://path`) of its PUB socket.
-        replay: The same of its replay ROUTER, None when it has none.
-        topic: Prefix of the topics to receive, "" for all. Identity is the connection, never the topic.
-    """
-
-    events: str
-    replay: str | None
-    topic: str = ""
-
-
 class Subscriber:
     """Follows the stream of one (worker, rank). `run()` lasts until it is cancelled.
 
@@ -92,7 +70,7 @@ class Subscriber:
         context: ZMQ context, shared by all subscribers.
         on_disconnect: Called when the live connection is lost: the worker may be dead.
         rng: Jitter of the back-off.
-        turn: Shared by subscribers of one event loop; only one of them works in one turn of the loop.
+        turn: Shared by the subscribers of an event loop; only one of them works in one turn of the loop.
     """
 
     def __init__(
@@ -111,11 +89,11 @@ class Subscriber:
         self._source = source
         self._index = index
         self._config = config
-        # A plain context on the same sockets and threads: draining a socket costs no future per message then.
-        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context.shadow(context.underlying)
         self._on_disconnect = on_disconnect
         self._rng = rng
         self._turn = turn or asyncio.Lock()
+        self._wake = asyncio.Event()
+        self._sockets = EventSockets(source, config, context, self._wake.set)
         self._limits = CodecLimits(max_payload_bytes=config.max_message_bytes)
         self._tracker = StreamTracker(
             can_replay=source.replay is not None,
@@ -124,14 +102,13 @@ class Subscriber:
             max_attempts=config.stale_after_replays,
         )
         self._status = StreamStatus()
-        self._wake = asyncio.Event()
-        self._sockets: dict[str, zmq.Socket[bytes]] = {}
+        self._inbox: deque[tuple[bool, Message]] = deque()  # whether it came live, and the message
         self._restart_reported = False
         self._fault = ""  # why nothing can be heard, "" when something can
         self._unreadable = ""  # what was wrong with the last unreadable message
-        self._ask_after = 0.0
         self._asked_at = 0.0
         self._answered_at = 0.0
+        self._ask_after = 0.0
         self._unfinished = False  # an answer may still be on its way
         self._failures = 0  # replays in a row that timed out
         self._audit_gap = AUDIT_S
@@ -149,12 +126,11 @@ class Subscriber:
         self._status = self._index.stream(self._target)
         loop = asyncio.get_running_loop()
         try:
-            if not self._open_live():
+            if not self._open(loop.time()):
                 self._fault = f"{self._source.events} is no address of KV events: write events=tcp://host:port"
                 self._report()
                 await asyncio.Event().wait()  # nothing will ever be heard there
-            if self._source.replay is not None:
-                self._audit_at = loop.time() + AUDIT_S
+            self._postpone_audit(loop.time())
             while True:
                 async with self._turn:
                     self._wake.clear()
@@ -164,8 +140,7 @@ class Subscriber:
                 if not busy:
                     await self._idle()
         finally:
-            for name in tuple(self._sockets):
-                self._close(name)
+            self._sockets.close()
 
     async def _idle(self) -> None:
         """Wait for bytes or for the next thing to do."""
@@ -179,149 +154,143 @@ class Subscriber:
     # --- one slice of work ----------------------------------------------------------------------------------------
 
     def _step(self, now: float) -> bool:
-        """Work off what has arrived and do what is due.
-
-        Returns:
-            Whether there may be more to do at once. False promises that every socket was empty when last looked at:
-            their descriptors signal new arrivals only.
-        """
-        ends_at = time.perf_counter() + SLICE_S
-        drained = False
-        while not drained and time.perf_counter() < ends_at:
-            live = self._receive("live")
-            replayed = self._receive("replay")
-            # The monitor speaks of a handshake before its first message can arrive, so what it says comes first.
-            self._watch()
-            for message in live:
-                self._on_live(message, now)
-            for message in replayed:
-                if self._tracker.replaying:
-                    self._on_replayed(message, now)
-            drained = len(live) < CHUNK and len(replayed) < CHUNK
-        if drained and self._restart_reported:
-            self._restart_reported = False
-            self._follow(self._tracker.restarted())
-        if drained and now >= self._reopen_at:
-            self._close("monitor")
-            self._close("live")
-            self._open_live()
-        asked = self._pace(now)
+        """Work off what has arrived and do what is due; whether there is more to do at once."""
+        busy = self._work(now, time.perf_counter() + SLICE_S)
+        if not busy:
+            if self._restart_reported:
+                self._restart_reported = False
+                self._heed(self._tracker.restarted())
+            if now >= self._reopen_at:
+                self._open(now)
+            busy = self._pace(now)
         self._report()
-        return asked or not drained
+        return busy
 
-    def _receive(self, name: str) -> list[list[bytes]]:
-        socket = self._sockets.get(name)
-        messages: list[list[bytes]] = []
-        if socket is not None:
-            try:
-                while len(messages) < CHUNK:
-                    messages.append(socket.recv_multipart(zmq.NOBLOCK))
-            except zmq.Again:
-                pass
-        return messages
+    def _work(self, now: float, ends_at: float) -> bool:
+        """Apply what is in order and take in messages until there are none or the slice is over; whether it is.
 
-    def _watch(self) -> None:
-        """Hear what the monitor of the live connection says."""
-        monitor = self._sockets["monitor"]
-        while True:
-            try:
-                event = parse_monitor_message(monitor.recv_multipart(zmq.NOBLOCK))["event"]
-            except zmq.Again:
-                return
-            if event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
-                self._fault = ""
-                self._reopen_at = math.inf
-                self._tracker.connected()
-                self._audit_gap = AUDIT_S
-            elif event == zmq.EVENT_DISCONNECTED:
-                self._reopen_at = asyncio.get_running_loop().time() + self._reopen_s
-                self._tracker.disconnected()
-                if self._on_disconnect is not None:
-                    self._on_disconnect()
-            elif event & _HANDSHAKE_FAILED:
-                self._fault = f"{self._source.events} does not speak ZeroMQ: is it the port of the KV events?"
+        The sockets tell of new arrivals only once they were read empty, so nothing may be left when this says no.
+        """
+        drained = False
+        while time.perf_counter() < ends_at:
+            if (taken := self._tracker.take()) is not None:
+                self._apply(taken[1])
+            elif self._inbox:
+                live, message = self._inbox.popleft()
+                self._heed(self._live(message, now) if live else self._replayed(message, now))
+            elif drained:
+                return False
+            else:
+                drained = self._fetch(now)
+        # Even in a storm, what is overdue must be given up and asked for again.
+        if not self._tracker.ready:
+            self._pace(now)
+        return True
 
-    def _on_live(self, message: list[bytes], now: float) -> None:
-        if len(message) != 3 or len(message[1]) != 8 or len(message[2]) > self._config.max_message_bytes:
-            self._status.decode_failures += 1
-            self._unreadable = "not the three frames [topic, sequence number, payload]"
-            return
+    def _fetch(self, now: float) -> bool:
+        """Fill the inbox; whether the sockets are empty now."""
+        live = self._sockets.live(CHUNK)
+        replayed = self._sockets.replayed(CHUNK)
+        for change in self._sockets.changes():
+            self._changed(change, now)
+        self._inbox.extend((True, message) for message in live)
+        self._inbox.extend((False, message) for message in replayed)
+        return len(live) < CHUNK and len(replayed) < CHUNK
+
+    def _changed(self, change: Change, now: float) -> None:
+        if change is Change.UP:
+            self._fault = ""
+            self._reopen_at = math.inf
+            self._tracker.connected()
+            self._postpone_audit(now)
+        elif change is Change.DOWN:
+            self._reopen_at = now + self._reopen_s
+            self._tracker.disconnected()
+            if self._on_disconnect is not None:
+                self._on_disconnect()
+        else:
+            self._fault = f"{self._source.events} does not speak ZeroMQ: is it the port of the KV events?"
+
+    def _live(self, message: Message, now: float) -> Verdict:
+        if len(message) != 3 or len(message[1]) != 8:
+            return self._misshapen("not the three frames [topic, sequence number, payload]")
         self._status.last_event_at = time.monotonic()
-        self._follow(self._tracker.live(int.from_bytes(message[1]), message[2]))
-        if self._source.replay is not None and not self._tracker.repairable:
-            self._audit_gap = AUDIT_S
-            self._audit_at = now + AUDIT_S
+        if not self._tracker.repairable:
+            self._postpone_audit(now)
+        return self._tracker.live(int.from_bytes(message[1]), message[2])
 
-    def _on_replayed(self, message: list[bytes], now: float) -> None:
+    def _replayed(self, message: Message, now: float) -> Verdict:
+        if not self._tracker.replaying:
+            return Verdict.DUPLICATE  # of an answer that was given up
         # [b"", topic, sequence number, payload]; vLLM up to 0.25 sends no topic.
         if len(message) not in (3, 4) or len(message[-2]) != 8:
-            self._status.decode_failures += 1
-            self._unreadable = "not the frames of a replay"
-            return
+            return self._misshapen("not the frames of a replay")
         self._answered_at = now
         if message[-2] != END:
-            self._follow(self._tracker.replayed(int.from_bytes(message[-2]), message[-1]))
-            return
+            return self._tracker.replayed(int.from_bytes(message[-2]), message[-1])
         self._failures = 0
         self._unfinished = False
-        self._follow(self._tracker.replay_ended())
+        return self._tracker.replay_ended()
 
-    def _follow(self, verdict: Verdict) -> None:
-        """Do what an input of the tracker led to."""
+    def _misshapen(self, fault: str) -> Verdict:
+        self._status.decode_failures += 1
+        self._unreadable = fault
+        return Verdict.DUPLICATE
+
+    def _heed(self, verdict: Verdict) -> None:
         if verdict is Verdict.RESTART:
             log.info("stream starts over", worker_id=self._target.worker_id, dp_rank=self._target.dp_rank)
             self._index.clear(self._target)
-        while (taken := self._tracker.take()) is not None:
-            try:
-                batch = decode_batch(taken[1], self._limits)
-            except CodecError as error:
-                self._status.decode_failures += 1
-                self._unreadable = str(error)
-                self._tracker.unreadable()
-                continue
-            self._index.apply(self._target, batch)
-            self._status.batches += 1
-            self._status.skipped += batch.skipped
-            if any(isinstance(event, CacheCleared) for event in batch.events):
-                self._tracker.cleared()
 
-    # --- replays and audits ---------------------------------------------------------------------------------------
+    def _apply(self, payload: bytes) -> None:
+        try:
+            batch = decode_batch(payload, self._limits)
+        except CodecError as error:
+            self._misshapen(str(error))
+            self._tracker.unreadable()
+            return
+        self._index.apply(self._target, batch)
+        self._status.batches += 1
+        self._status.skipped += batch.skipped
+        if any(isinstance(event, CacheCleared) for event in batch.events):
+            self._tracker.cleared()
+
+    # --- what is due ----------------------------------------------------------------------------------------------
 
     def _pace(self, now: float) -> bool:
         """Give up an answer that is overdue, ask when it is time to; whether a request was sent."""
         tracker = self._tracker
         if tracker.replaying and now >= self._reply_due():
             tracker.replay_failed()
-            self._follow(Verdict.APPLY)
             self._failures += 1
-            backoff = min(
-                self._config.replay_backoff_s * 2 ** min(self._failures, 16), self._config.replay_backoff_max_s
-            )
+            longest = self._config.replay_backoff_max_s
+            backoff = min(self._config.replay_backoff_s * 2 ** min(self._failures, 16), longest)
             self._ask_after = max(self._ask_after, now + backoff * self._rng.uniform(0.5, 1.0))
         if self._unfinished and not tracker.replaying:
             # Late messages of an answer that was given up would pass for the next one's.
-            self._close("replay")
+            self._sockets.close_replay()
+            self._inbox = deque(entry for entry in self._inbox if entry[0])
             self._unfinished = False
         if now >= self._audit_at:
             tracker.audit()
             self._audit_gap = min(2 * self._audit_gap, AUDIT_MAX_S)
             self._audit_at = now + self._audit_gap
+        if tracker.ready:
+            return True
         if not tracker.wants_replay or now < self._ask_after:
             return False
-        return self._ask(now)
-
-    def _ask(self, now: float) -> bool:
-        start = self._tracker.replay_asked()
-        self._status.replays += 1
         self._asked_at = self._answered_at = now
         self._ask_after = now + REPLAY_INTERVAL_S
         self._unfinished = True
-        try:
-            self._open_replay().send_multipart([b"", start.to_bytes(8)], zmq.NOBLOCK)
-        except zmq.ZMQError:
-            # An address that cannot be connected to, or no room to send: the timeout counts it as a failure.
-            return False
-        return True
+        self._status.replays += 1
+        # What cannot be sent ends like what is not answered: by the timeout.
+        return self._sockets.ask(tracker.replay_asked())
+
+    def _postpone_audit(self, now: float) -> None:
+        """The stream speaks, so what it says next will show what was lost before."""
+        if self._source.replay is not None:
+            self._audit_gap = AUDIT_S
+            self._audit_at = now + AUDIT_S
 
     def _reply_due(self) -> float:
         timeout = self._config.replay_timeout_s
@@ -333,6 +302,11 @@ class Subscriber:
             return min(self._reopen_at, self._audit_at, self._reply_due())
         asks_at = self._ask_after if self._tracker.wants_replay else math.inf
         return min(self._reopen_at, self._audit_at, asks_at)
+
+    def _open(self, now: float) -> bool:
+        """Connect to the publisher, and see to it that the attempt does not last for ever."""
+        self._reopen_at = now + self._reopen_s
+        return self._sockets.open_live()
 
     # --- what is told of it ---------------------------------------------------------------------------------------
 
@@ -357,61 +331,3 @@ class Subscriber:
                 dp_rank=self._target.dp_rank,
                 detail=status.detail,
             )
-
-    # --- sockets --------------------------------------------------------------------------------------------------
-
-    def _open_live(self) -> bool:
-        """Connect to the publisher; False when its address is of no use."""
-        self._reopen_at = asyncio.get_running_loop().time() + self._reopen_s
-        socket = self._open("live", zmq.SUB)
-        socket.subscribe(self._source.topic)
-        monitor = socket.get_monitor_socket(_WATCHED)
-        self._sockets["monitor"] = monitor
-        self._listen(monitor)
-        try:
-            self._connect(socket, self._source.events)
-        except zmq.ZMQError:
-            return False
-        return True
-
-    def _open_replay(self) -> "zmq.Socket[bytes]":
-        """The socket to ask for replays; it stays open between answers that ended."""
-        socket = self._sockets.get("replay")
-        if socket is None:
-            socket = self._open("replay", zmq.DEALER)
-            self._connect(socket, self._source.replay or "")
-        return socket
-
-    def _open(self, name: str, kind: zmq.SocketType) -> "zmq.Socket[bytes]":
-        config = self._config
-        socket = self._context.socket(kind)
-        self._sockets[name] = socket
-        socket.linger = 0
-        socket.rcvhwm = config.receive_hwm
-        socket.maxmsgsize = config.max_message_bytes
-        socket.reconnect_ivl = config.reconnect_ms
-        socket.reconnect_ivl_max = config.reconnect_max_ms
-        socket.heartbeat_ivl = HEARTBEAT_MS
-        socket.heartbeat_timeout = HEARTBEAT_TIMEOUT_MS
-        self._listen(socket)
-        return socket
-
-    @staticmethod
-    def _connect(socket: "zmq.Socket[bytes]", endpoint: str) -> None:
-        # Addresses may come from a worker: inproc, for one, would reach into this process.
-        if not endpoint.startswith(("tcp://", "ipc://")):
-            raise zmq.ZMQError(zmq.EPROTONOSUPPORT)
-        socket.ipv6 = "[" in endpoint
-        socket.connect(endpoint)
-
-    def _listen(self, socket: "zmq.Socket[bytes]") -> None:
-        asyncio.get_running_loop().add_reader(socket.fileno(), self._wake.set)
-
-    def _close(self, name: str) -> None:
-        socket = self._sockets.pop(name, None)
-        if socket is None:
-            return
-        asyncio.get_running_loop().remove_reader(socket.fileno())
-        if name == "live":
-            socket.disable_monitor()
-        socket.close()

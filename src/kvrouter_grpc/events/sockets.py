@@ -1,0 +1,173 @@
+"""The ZeroMQ sockets of one event stream: SUB with its monitor, and a DEALER for replays."""
+
+import asyncio
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any
+
+import zmq
+from zmq.utils.monitor import parse_monitor_message
+
+from kvrouter_grpc.config import EventsConfig
+
+HEARTBEAT_MS = 5_000
+HEARTBEAT_TIMEOUT_MS = 15_000
+"""Silence after which a connection counts as dead: a host that vanished sends no FIN."""
+
+Socket = zmq.Socket[bytes]
+Message = list[bytes]
+
+_FAILED = zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL | zmq.EVENT_HANDSHAKE_FAILED_AUTH
+
+
+class Change(Enum):
+    """What became of the live connection."""
+
+    UP = "up"
+    DOWN = "down"
+    FOREIGN = "foreign"  # something else than ZeroMQ listens there
+
+
+@dataclass(frozen=True, slots=True)
+class EventSource:
+    """Where one rank publishes.
+
+    Attributes:
+        events: `tcp://host:port` (or `ipc://path`) of its PUB socket.
+        replay: The same of its replay ROUTER, None when it has none.
+        topic: Prefix of the topics to receive, "" for all. Identity is the connection, never the topic.
+    """
+
+    events: str
+    replay: str | None
+    topic: str = ""
+
+
+class EventSockets:
+    """Opens, reads and closes the sockets of `source`. Nothing here waits.
+
+    Args:
+        source: Where to connect.
+        config: Limits and reconnection times.
+        context: Shared by all streams.
+        wake: Called on the event loop when something arrives at a socket that was read empty.
+    """
+
+    def __init__(
+        self, source: EventSource, config: EventsConfig, context: zmq.Context[Any], wake: Callable[[], None]
+    ) -> None:
+        self._source = source
+        self._config = config
+        # Plain sockets on the same context: reading one empty costs no future per message.
+        self._context: zmq.Context[Socket] = zmq.Context.shadow(context.underlying)
+        self._wake = wake
+        self._live: Socket | None = None
+        self._monitor: Socket | None = None
+        self._replay: Socket | None = None
+
+    def open_live(self) -> bool:
+        """Connect to the publisher, anew if need be; False when its address is of no use."""
+        self._close_live()
+        self._live = self._open(zmq.SUB)
+        self._live.subscribe(self._source.topic)
+        self._monitor = self._live.get_monitor_socket(zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED | _FAILED)
+        self._listen(self._monitor)
+        return _connect(self._live, self._source.events)
+
+    def ask(self, start: int) -> bool:
+        """Ask for the batches from number `start` on; False when that cannot even be sent."""
+        if self._replay is None:
+            self._replay = self._open(zmq.DEALER)
+            if not _connect(self._replay, self._source.replay or ""):
+                return False
+        try:
+            self._replay.send_multipart([b"", start.to_bytes(8)], zmq.NOBLOCK)
+        except zmq.Again:
+            return False
+        return True
+
+    def close_replay(self) -> None:
+        """Drop the replay connection and what still comes over it; the next request opens another."""
+        if self._replay is not None:
+            self._close(self._replay)
+            self._replay = None
+
+    def close(self) -> None:
+        """Close everything."""
+        self.close_replay()
+        self._close_live()
+
+    def live(self, limit: int) -> list[Message]:
+        """Up to `limit` messages of the publisher. Fewer: there were no more."""
+        return _receive(self._live, limit)
+
+    def replayed(self, limit: int) -> list[Message]:
+        """Up to `limit` messages of the replay port. Fewer: there were no more."""
+        return _receive(self._replay, limit)
+
+    def changes(self) -> Iterator[Change]:
+        """What became of the live connection since the last call.
+
+        A handshake is told before its first message can be received: read messages first, then ask here, then use them.
+        """
+        for frames in _receive(self._monitor, limit=1 << 30):
+            event = parse_monitor_message(frames)["event"]
+            if event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
+                yield Change.UP
+            elif event == zmq.EVENT_DISCONNECTED:
+                yield Change.DOWN
+            elif event & _FAILED:
+                yield Change.FOREIGN
+
+    def _open(self, kind: zmq.SocketType) -> Socket:
+        config = self._config
+        socket = self._context.socket(kind)
+        socket.linger = 0
+        socket.rcvhwm = config.receive_hwm
+        socket.maxmsgsize = config.max_message_bytes
+        socket.reconnect_ivl = config.reconnect_ms
+        socket.reconnect_ivl_max = config.reconnect_max_ms
+        socket.heartbeat_ivl = HEARTBEAT_MS
+        socket.heartbeat_timeout = HEARTBEAT_TIMEOUT_MS
+        self._listen(socket)
+        return socket
+
+    def _listen(self, socket: Socket) -> None:
+        # The descriptor signals arrivals only after the socket was read empty.
+        asyncio.get_running_loop().add_reader(socket.fileno(), self._wake)
+
+    def _close_live(self) -> None:
+        if self._live is not None and self._monitor is not None:
+            self._live.disable_monitor()
+            self._close(self._monitor)
+            self._close(self._live)
+        self._live = self._monitor = None
+
+    @staticmethod
+    def _close(socket: Socket) -> None:
+        asyncio.get_running_loop().remove_reader(socket.fileno())
+        socket.close()
+
+
+def _connect(socket: Socket, endpoint: str) -> bool:
+    # Addresses may come from a worker: inproc, for one, would reach into this process.
+    if not endpoint.startswith(("tcp://", "ipc://")):
+        return False
+    socket.ipv6 = "[" in endpoint
+    try:
+        socket.connect(endpoint)
+    except zmq.ZMQError:
+        return False
+    return True
+
+
+def _receive(socket: Socket | None, limit: int) -> list[Message]:
+    messages: list[Message] = []
+    if socket is not None:
+        try:
+            while len(messages) < limit:
+                messages.append(socket.recv_multipart(zmq.NOBLOCK))
+        except zmq.Again:
+            pass
+    return messages
