@@ -14,7 +14,7 @@ from kvrouter_grpc.server import opaque_json, params
 from kvrouter_grpc.server.hints import read_hints
 from kvrouter_grpc.server.opaque_json import read_object
 from kvrouter_grpc.server.params import OUTPUT, SAMPLING, STOP, read_params
-from kvrouter_grpc.server.prompt import read_prompt
+from kvrouter_grpc.server.prompt import _first_field, _token_array, read_prompt
 from kvrouter_grpc.server.violations import Bounds, Violations
 from kvrouter_grpc.types import Role, RouterOverride, RoutingHints
 
@@ -92,6 +92,26 @@ def test_token_ids_of_31_bits_and_no_others_pass(tokens):
     _, wrong = prompt_of(ServerConfig(), token_ids=tokens)
     first = next((position for position, token in enumerate(tokens) if token >= 2**31), None)
     assert set(wrong) == (set() if first is None else {f"token_ids[{first}]"})
+
+
+@pytest.mark.parametrize(
+    "kind", [router_pb2.GenerateRequest, router_pb2.BestWorkerIdRequest, router_pb2.GetOverlapScoresRequest]
+)
+@given(
+    st.lists(st.integers(0, 2**32 - 1), min_size=1, max_size=200),
+    st.text(max_size=20),
+    st.binary(max_size=5),
+)
+def test_token_ids_are_copied_as_they_are_on_the_wire(kind, tokens, text, tail):
+    request = kind(token_ids=tokens, lora_name=text, cache_salt=text)
+    request.MergeFromString(bytes([0xFA, 0x06, len(tail)]) + tail)  # a field of a newer contract
+    assert _token_array(request) == array("I", tokens)
+    assert _first_field(request.SerializeToString(), 4 * len(tokens)) is not None
+
+
+@pytest.mark.parametrize("message", [b"", b"\x12\x01a", b"\x0a\x04\0\0\0\0", b"\x0d\0\0\0\0"])
+def test_only_a_packed_first_field_of_the_right_size_is_copied(message):
+    assert _first_field(message, 8) is None
 
 
 def test_text_is_left_to_the_tokenizer():
