@@ -14,17 +14,18 @@ from kvrouter_grpc.core import RadixTree
 from reference.pair import Pair
 
 CALLS = int(os.environ.get("KVROUTER_RANDOM_CALLS", "1000000"))
-SHARDS = 4
+SHARDS = 8
 
 
 class Driver:
-    def __init__(self, seed):
+    def __init__(self, seed, growth=6, longest=40):
         self.rng = random.Random(seed)
         self.pair = Pair(self.rng.randint(1, 4))
         self.names = {}  # slot -> engine hashes it was given, newest last; some are gone already
         self.prompts = [[]]  # prompts seen, as a source of shared prefixes
         self.next_name = 1
         self.most_names = self.rng.choice([8, 60, 400])
+        self.growth, self.longest = growth, longest
         for _ in range(self.rng.randint(2, 6)):
             self.names[self.pair.add_slot()] = []
 
@@ -33,9 +34,9 @@ class Driver:
         size = self.pair.block_size
         known = self.rng.choice(self.prompts)
         keep = self.rng.randint(0, len(known) // size) * size
-        tokens = known[:keep] + self.blocks(self.rng.randint(0, 6))
-        if len(tokens) > 40 * size:
-            tokens = tokens[: 40 * size]
+        tokens = known[:keep] + self.blocks(self.rng.randint(0, self.growth))
+        if len(tokens) > self.longest * size:
+            tokens = tokens[: self.longest * size]
         if len(self.prompts) < 200:
             self.prompts.append(tokens)
         else:
@@ -135,9 +136,15 @@ class Driver:
 
 @pytest.mark.parametrize("shard", range(SHARDS))
 def test_a_million_random_calls(shard):
-    rounds = 20
+    rounds = 10
     for part in range(rounds):
         Driver(1000 * shard + part).run(CALLS // SHARDS // rounds)
+
+
+def test_long_prompts():
+    """Edges of hundreds of blocks, so that the bit sets of gaps span several words."""
+    for seed in range(5):
+        Driver(seed, growth=90, longest=300).run(CALLS // 500)
 
 
 def test_no_memory_at_any_point_leaves_the_tree_whole():

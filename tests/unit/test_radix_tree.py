@@ -198,6 +198,18 @@ def test_a_path_of_sequence_hashes(tree):
     assert matched(tree, 1, 2, 3) == [0]
 
 
+def test_a_path_keeps_the_seed_it_was_first_stored_with(tree):
+    a = tree.add_slot()
+    tree.store_path(a, names(1, 2), SEED)
+    tree.store_path(a, names(1, 3), 99)
+    tree._check()
+    tree.store(a, 3, names(4), prompt(9), 99)
+    b = tree.add_slot()
+    tree.store_path(b, names(1, 2), 99)
+    tree.store(b, 2, names(4), prompt(9), 99)
+    tree._check()
+
+
 def test_clearing_one_slot_leaves_the_others(tree):
     a, b = tree.add_slot(), tree.add_slot()
     for slot in (a, b):
@@ -317,12 +329,55 @@ def test_block_sizes_out_of_range(block_size):
 
 
 def test_sequence_hashes_that_are_not_chained_harm_nothing(tree):
-    a = tree.add_slot()
-    for path in ([5, 5, 5], [5, 6, 5], [6, 5], [5, 5, 6, 5], [5], [6, 6, 6, 6], [5, 6, 7, 5, 6, 7]):
-        tree.store_path(a, array("Q", path), SEED)
+    paths = [[5, 5, 5], [5, 6, 5], [6, 5], [5, 5, 6, 5], [5], [6, 6, 6, 6], [5, 6, 7, 5, 6, 7], [6, 6, 5], [5, 5, 5, 5]]
+    for path in paths:
+        slot = tree.add_slot()
+        tree.store_path(slot, array("Q", path), SEED)
         tree._check()
         tree.match(array("Q", path * 2))
-        tree.extend(array("Q", path * 2), a, 1)
-    for name in (5, 6, 7, 5, 6, 5):
-        tree.remove(a, names(name))
+        tree.extend(array("Q", path * 2), slot, 1)
+    assert tree.stats()["splits"] > 2
+    for slot in range(len(paths)):
+        for name in (5, 6, 7):
+            tree.remove(slot, names(name))
+            tree._check()
+    assert tree.stats()["edges"] == 0
+
+
+def test_gaps_survive_splits_and_merges_of_long_edges(tree):
+    """Bit sets are moved by words: every cut of a path of several words, with gaps on both sides of the cut."""
+    count, gaps = 300, (3, 63, 64, 65, 127, 128, 200, 299)
+    a, b = tree.add_slot(), tree.add_slot()
+    path = seqs(*range(count))
+    tree.store(a, None, array("Q", range(count)), prompt(*range(count)), SEED)
+    tree.store(b, None, array("Q", range(count)), prompt(*range(count)), SEED)
+    tree.remove(a, names(*gaps))
+    expected = [next((gap for gap in gaps if gap >= start), count) - start for start in range(count)]
+    for cut in (1, 62, 63, 64, 65, 100, 127, 128, 129, 192, 250, 298, 299):
+        tree.store(b, cut - 1, names(1000), prompt(1000), SEED)
+        assert tree.stats()["edges"] == 3
         tree._check()
+        assert [tree.extend(path, a, start) for start in range(count)] == expected
+        tree.remove(b, names(1000))
+        assert tree.stats()["edges"] == 1
+        tree._check()
+        assert [tree.extend(path, a, start) for start in range(count)] == expected
+    cuts = (10, 64, 66, 130, 190, 280)
+    for order in (cuts, cuts[::-1], cuts[1::2] + cuts[::2]):  # tails that are cut again, and heads, merged in any order
+        for cut in order:
+            tree.store(b, cut - 1, names(1000 + cut), prompt(1000), SEED)
+        tree.remove(a, names(250, 251))  # a bit set made in a short edge
+        tree._check()
+        assert tree.stats()["edges"] == 13
+        assert tree.extend(path, a, 201) == 49
+        tree.store(a, 249, names(250, 251), prompt(250, 251), SEED)
+        tree.remove(a, names(298))
+        for cut in order:
+            tree.remove(b, names(1000 + cut))
+            tree._check()
+            assert tree.extend(path, a, 201) == 97
+        tree.store(a, 297, names(298), prompt(298), SEED)
+        assert [tree.extend(path, a, start) for start in range(count)] == expected
+    for gap in gaps:
+        tree.store(a, gap - 1, names(gap), prompt(gap), SEED)
+    assert list(tree.match(path)) == [count, count]

@@ -12,7 +12,6 @@ sequence hashes mean two equal prefixes: the radix tree rests on that.
 import sys
 from array import array
 
-cimport cython
 from cpython cimport array as c_array
 from libc.stdint cimport uint32_t, uint64_t
 from libc.stdlib cimport free, malloc

@@ -1,6 +1,6 @@
 from array import array
 from collections.abc import Mapping, Sequence
-from typing import final
+from typing import Self, final
 
 from typing_extensions import Buffer
 
@@ -34,7 +34,7 @@ class RadixTree:
             at the front may have been processed.
     """
 
-    def __init__(self, block_size: int, *, max_bytes: int = 0) -> None: ...
+    def __new__(cls, block_size: int, *, max_bytes: int = 0) -> Self: ...
     @property
     def block_size(self) -> int:
         """Tokens per block."""

@@ -23,7 +23,6 @@ from kvrouter_grpc.core.edge cimport Edge
 from kvrouter_grpc.core.hash_table cimport Entry, table_find, table_init
 from kvrouter_grpc.core.invariants cimport tree_check
 from kvrouter_grpc.core.memory cimport release, resize
-from kvrouter_grpc.core.run cimport LONGEST_RUN
 from kvrouter_grpc.core.slot cimport named_place, place_edge, slot_clear, slot_copy, slot_remove, slot_store
 from kvrouter_grpc.core.tree cimport Slot, edge_depth
 from kvrouter_grpc.core.walk cimport tree_extend, tree_match

@@ -31,7 +31,7 @@ from kvrouter_grpc.core.hash_table cimport (
     table_reserve,
     table_shrink,
 )
-from kvrouter_grpc.core.memory cimport Meter, release, resize
+from kvrouter_grpc.core.memory cimport release, resize
 from kvrouter_grpc.core.run cimport OFFSET_BITS, run_edge_at, run_get
 from kvrouter_grpc.core.tree cimport (
     Slot,
