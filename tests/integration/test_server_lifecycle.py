@@ -14,6 +14,9 @@ from integration.server_rig import FAST, Worker, collect, serving, taken_apart, 
 from kvrouter_grpc._gen import admin_pb2, admin_pb2_grpc, router_pb2, router_pb2_grpc
 from kvrouter_grpc.config import ServerConfig
 from kvrouter_grpc.errors import ConfigError
+from kvrouter_grpc.server.admin_service import AdminService
+from kvrouter_grpc.server.health import HealthService
+from kvrouter_grpc.server.router_service import RouterService
 from kvrouter_grpc.server.server import server_options
 
 PROMPT = list(range(1000, 1040))
@@ -49,6 +52,18 @@ async def test_reflection_gives_the_contract():
         ]
         names = [method.name for file in files for service in file.service for method in service.method]
         assert names == ["Generate", "BestWorkerId", "GetOverlapScores", "MarkPrefillComplete", "Free"]
+
+
+@pytest.mark.parametrize(
+    ("contract", "servicer"),
+    [
+        (router_pb2.DESCRIPTOR.services_by_name["KvRouter"], RouterService),
+        (admin_pb2.DESCRIPTOR.services_by_name["KvRouterAdmin"], AdminService),
+        (health_pb2.DESCRIPTOR.services_by_name["Health"], HealthService),
+    ],
+)
+def test_every_rpc_of_the_contract_is_served(contract, servicer):
+    assert {method.name for method in contract.methods} <= vars(servicer).keys()
 
 
 async def test_reflection_can_be_off():

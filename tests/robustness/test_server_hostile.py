@@ -175,6 +175,17 @@ async def test_readers_that_never_read_cost_little_and_do_not_hold_up_the_stop()
             raw.abort()
 
 
+async def test_a_reader_that_stops_reading_is_given_up(capsys):
+    async with serving(Worker(), write_timeout_s=0.2) as rig:
+        raw = await RawConnection.open(rig.addresses.router, {INITIAL_WINDOW_SIZE: 0})
+        raw.call(GENERATE, ask(8000).SerializeToString())
+        await until(lambda: rig.in_flight() == 1)
+        await until(lambda: rig.in_flight() == rig.running() == 0, 2.0)
+        assert not raw.reader.at_eof()  # the connection lives: other calls may run on it
+        raw.abort()
+    assert "client does not read" in capsys.readouterr().out
+
+
 async def test_a_reader_that_goes_away_while_a_write_is_stuck_is_freed():
     async with serving(Worker()) as rig:
         raw = await RawConnection.open(rig.addresses.router, {INITIAL_WINDOW_SIZE: 0})

@@ -76,6 +76,13 @@ class ServerConfig(Section):
     min_client_ping_interval_s: float = setting(
         5.0, "A client that pings more often than this is disconnected.", ge=0.1, le=3600
     )
+    write_timeout_s: float = setting(
+        60.0,
+        "Give a client up that takes no message of its stream for this long: its request is aborted in the "
+        "engine and its load is freed.",
+        ge=0.1,
+        le=86_400,
+    )
     max_receive_message_bytes: int = setting(
         64 * MIB,
         "Largest request accepted; a longer one ends in RESOURCE_EXHAUSTED.",

@@ -1,5 +1,6 @@
 """The error boundary around every call: a status of the table leaves it, never the text of an exception."""
 
+import asyncio
 import uuid
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from contextlib import aclosing
@@ -41,9 +42,13 @@ class ErrorBoundary(grpc.aio.ServerInterceptor):
 
     Without it grpc.aio sends the text of an uncaught exception to the client. Cancellation passes through: it
     says that the client went away, that its deadline passed or that the server stops.
+
+    Args:
+        write_timeout_s: Seconds that a client may leave one message of a stream untaken.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, write_timeout_s: float) -> None:
+        self._write_timeout_s = write_timeout_s
         self._guarded: dict[str, Handler] = {}  # by method; servicers do not change
 
     async def intercept_service(
@@ -58,15 +63,17 @@ class ErrorBoundary(grpc.aio.ServerInterceptor):
             handler = await continuation(handler_call_details)
             if handler is None:  # not stored: callers choose the names of unknown methods
                 return None
-            guarded = self._guarded[method] = _guard(handler, method)
+            guarded = self._guarded[method] = _guard(handler, method, self._write_timeout_s)
         return guarded
 
 
-def _guard(handler: Any, method: str) -> Any:
+def _guard(handler: Any, method: str, write_timeout_s: float) -> Any:
     attribute, make = _KINDS[handler.request_streaming, handler.response_streaming]
-    guard = _guard_streaming if handler.response_streaming else _guard_unary
     inner = getattr(handler, attribute)
-    return make(guard(inner, method), _reader(handler.request_deserializer), handler.response_serializer)
+    guarded = (
+        _guard_streaming(inner, method, write_timeout_s) if handler.response_streaming else _guard_unary(inner, method)
+    )
+    return make(guarded, _reader(handler.request_deserializer), handler.response_serializer)
 
 
 _KINDS: Mapping[tuple[bool, bool], tuple[str, Callable[..., Any]]] = {
@@ -76,15 +83,6 @@ _KINDS: Mapping[tuple[bool, bool], tuple[str, Callable[..., Any]]] = {
     (True, True): ("stream_stream", grpc.stream_stream_rpc_method_handler),
 }
 """By whether requests and responses are streamed: the handler's attribute and what makes such a handler."""
-
-
-async def _write(context: Context, message: Any) -> bool:
-    """Send a message; False when nobody is there any more, which grpc.aio tells by an error of its own or a cancel."""
-    try:
-        await context.write(message)
-    except grpc.aio.InternalError:
-        return False
-    return True
 
 
 class _Unreadable:
@@ -117,7 +115,7 @@ def _guard_unary(inner: Unary, method: str) -> Unary:
     return handle
 
 
-def _guard_streaming(inner: Streaming, method: str) -> Unary:
+def _guard_streaming(inner: Streaming, method: str, write_timeout_s: float) -> Unary:
     # A coroutine that writes, not a generator: grpc.aio drops a generator when the call is cancelled while a
     # message is being sent, and leaves its clean-up (lease, engine connection) to the garbage collector.
     async def handle(request: Any, context: Context) -> None:
@@ -126,12 +124,24 @@ def _guard_streaming(inner: Streaming, method: str) -> Unary:
             _check_readable(request)
             async with aclosing(inner(request, context)) as messages:
                 async for message in messages:
-                    if not await _write(context, message):
-                        return
+                    await _write(context, message, write_timeout_s)
         except Exception as error:  # noqa: BLE001 - this is the boundary
             await _abort(context, error, method)
 
     return handle
+
+
+async def _write(context: Context, message: Any, timeout_s: float) -> None:
+    """Send a message; a client that does not take it is treated as one that went away."""
+    try:
+        async with asyncio.timeout(timeout_s):
+            await context.write(message)
+    except grpc.aio.InternalError:  # it went away just now
+        raise asyncio.CancelledError from None
+    except TimeoutError:
+        # A status cannot be sent either: it would queue up behind the message.
+        _log.warning("client does not read", write_timeout_s=timeout_s)
+        raise asyncio.CancelledError from None
 
 
 def _check_readable(request: Any) -> None:

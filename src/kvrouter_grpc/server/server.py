@@ -88,7 +88,8 @@ class GrpcServer:
             self._tokenizer.close()
 
     def _server(self, *services: str) -> grpc.aio.Server:
-        server = grpc.aio.server(interceptors=[ErrorBoundary()], options=server_options(self._config))
+        boundary = ErrorBoundary(self._config.write_timeout_s)
+        server = grpc.aio.server(interceptors=[boundary], options=server_options(self._config))
         health_pb2_grpc.add_HealthServicer_to_server(self.health, server)
         if self._config.reflection:
             reflection.enable_server_reflection([*services, HEALTH, reflection.SERVICE_NAME], server)

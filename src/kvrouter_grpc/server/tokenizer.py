@@ -8,12 +8,12 @@ from typing import Any
 
 from kvrouter_grpc.errors import ConfigError, OverloadedError
 
-THREADS = 2  # tokenizers work outside the interpreter's lock; more threads would only take cores from the router
+THREADS = 1  # a tokenizer may change its own settings on the first call, and then fails for whoever else uses it
 MAX_WAITING = 256
 
 
 class Tokenizer:
-    """A Hugging Face tokenizer in threads of its own, so that long texts do not hold up the event loop.
+    """A Hugging Face tokenizer in a thread of its own, so that long texts do not hold up the event loop.
 
     Args:
         path: Directory or file of the tokenizer, as `transformers.AutoTokenizer` reads it.
@@ -43,7 +43,7 @@ class Tokenizer:
         return await asyncio.wrap_future(work)
 
     def close(self) -> None:
-        """Stop the threads after the text in hand."""
+        """Stop the thread after the text in hand."""
         self._threads.shutdown(wait=False, cancel_futures=True)
 
     def _done(self) -> None:
