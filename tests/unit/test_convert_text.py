@@ -7,6 +7,7 @@ from array import array
 
 import pytest
 
+from integration.server_rig import until
 from kvrouter_grpc.errors import ConfigError, OverloadedError
 from kvrouter_grpc.server import tokenizer
 from kvrouter_grpc.server.tokenizer import Tokenizer
@@ -33,9 +34,9 @@ async def test_texts_are_encoded_off_the_loop_and_bounded(monkeypatch, tmp_path)
     def encode(text):
         threads.add(threading.current_thread().name)
         assert gate.wait(10)
-        return array("I", text.encode())
+        return array("I", list(text.encode()))
 
-    monkeypatch.setattr(tokenizer, "_load", lambda path: encode)
+    monkeypatch.setattr(tokenizer, "_load", lambda _: encode)
     monkeypatch.setattr(tokenizer, "MAX_WAITING", 2)
     words = Tokenizer(tmp_path)
     waiting = [words.encode(text) for text in ("a", "bc", "d")]
@@ -45,9 +46,9 @@ async def test_texts_are_encoded_off_the_loop_and_bounded(monkeypatch, tmp_path)
         await waiting[2]
     assert caught.value.retry_after_s
     gate.set()
-    assert [await first, await second] == [array("I", b"a"), array("I", b"bc")]
+    assert [await first, await second] == [array("I", [97]), array("I", [98, 99])]
     await settled_in(words, 0)
-    assert await words.encode("e") == array("I", b"e")
+    assert await words.encode("e") == array("I", [101])
     assert threading.current_thread().name not in threads
     words.close()
 
@@ -57,6 +58,4 @@ def await_later(coroutine):
 
 
 async def settled_in(words, waiting):
-    async with asyncio.timeout(10):
-        while words._waiting != waiting:
-            await asyncio.sleep(0)
+    await until(lambda: len(words._waiting) == waiting)

@@ -14,7 +14,7 @@ PromptRequest = router_pb2.GenerateRequest | router_pb2.BestWorkerIdRequest | ro
 TOKEN_ID_END = 2**31  # engines keep token ids in signed 32-bit integers
 MAX_NAME = 256
 MAX_SALT = 1024  # vLLM's own bound
-MAX_TEXT_BYTES_PER_TOKEN = 32  # a longer text cannot fit, whatever the tokenizer
+MAX_CHARS_PER_TOKEN = 32  # a longer text cannot fit, whatever the tokenizer
 MAX_HASHES_PER_BLOCK = 64
 
 _PACKED_FIELD_1 = 1 << 3 | 2  # tag of field 1 with wire type LEN
@@ -99,7 +99,7 @@ def _check_text(request: PromptRequest, config: ServerConfig, violations: Violat
         violations.add("text", "is given beside token_ids; give one of them")
     elif not tokenizer:
         violations.add("text", "this router has no tokenizer; send token_ids, or start it with server.tokenizer set")
-    elif len(request.text) > config.max_prompt_tokens * MAX_TEXT_BYTES_PER_TOKEN:
+    elif len(request.text) > config.max_prompt_tokens * MAX_CHARS_PER_TOKEN:
         violations.add(
             "text",
             f"has {len(request.text)} characters, too many for {config.max_prompt_tokens} tokens "

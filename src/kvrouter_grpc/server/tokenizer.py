@@ -2,9 +2,9 @@
 
 import asyncio
 from array import array
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 from kvrouter_grpc.errors import ConfigError, OverloadedError
 
@@ -25,7 +25,8 @@ class Tokenizer:
     def __init__(self, path: Path) -> None:
         self._encode = _load(path)
         self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="tokenizer")
-        self._waiting = 0
+        # Kept until the thread is done with it: a caller that went away does not shorten the queue.
+        self._waiting: set[Future[array[int]]] = set()
 
     async def encode(self, text: str) -> "array[int]":
         """The token ids of a prompt, with the special tokens that vLLM's completions API would add.
@@ -33,24 +34,19 @@ class Tokenizer:
         Raises:
             OverloadedError: Too many texts wait.
         """
-        if self._waiting >= MAX_WAITING:
+        if len(self._waiting) >= MAX_WAITING:
             raise OverloadedError("too many prompts wait for the tokenizer; send token_ids, or retry later")
-        self._waiting += 1
         work = self._threads.submit(self._encode, text)
-        loop = asyncio.get_running_loop()
-        # Counted until the thread is done: a caller that went away does not shorten the queue.
-        work.add_done_callback(lambda _: loop.call_soon_threadsafe(self._done))
+        self._waiting.add(work)
+        work.add_done_callback(self._waiting.discard)
         return await asyncio.wrap_future(work)
 
     def close(self) -> None:
         """Stop the thread after the text in hand."""
         self._threads.shutdown(wait=False, cancel_futures=True)
 
-    def _done(self) -> None:
-        self._waiting -= 1
 
-
-def _load(path: Path) -> Any:
+def _load(path: Path) -> "Callable[[str], array[int]]":
     try:
         from transformers import AutoTokenizer  # noqa: PLC0415 - an extra, and slow to import
     except ImportError as error:
