@@ -25,7 +25,7 @@ async def until(condition: Callable[[], Any], what: str = "") -> None:
     """Wait until the condition holds."""
     try:
         async with asyncio.timeout(DEADLINE_S):
-            while not condition():
+            while not condition():  # noqa: ASYNC110 - what is waited for is state, not an event
                 await asyncio.sleep(0.005)
     except TimeoutError:
         raise AssertionError(f"it never came true: {what or condition}") from None

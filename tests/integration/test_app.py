@@ -56,7 +56,17 @@ def test_a_stream_longer_than_the_grace_is_ended():
 def test_a_second_signal_exits_at_once():
     with mock_worker() as worker:
         flags = ["--endpoint", ENDPOINT, "--listen", "127.0.0.1:0", "--worker", worker_flag("a", worker)]
-        command = [sys.executable, "-m", "kvrouter_grpc", "serve", *flags, "--drain-propagation-s", "60", "--drain-timeout-s", "90"]
+        command = [
+            sys.executable,
+            "-m",
+            "kvrouter_grpc",
+            "serve",
+            *flags,
+            "--drain-propagation-s",
+            "60",
+            "--drain-timeout-s",
+            "90",
+        ]
         with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment()) as process:
             process.stdout.readline()
             process.send_signal(signal.SIGTERM)

@@ -146,13 +146,13 @@ async def test_all_workers_dead_is_unavailable_and_says_so():
             await stack.workers[name].kill()
         for name in ("a", "b"):
             await until(lambda name=name: stack.router.workers.named(name).state.value == "unhealthy")
-        for call in (stack.stub.BestWorkerId, stack.stub.Generate):
+        calls = (
+            lambda: stack.stub.BestWorkerId(router_pb2.BestWorkerIdRequest(token_ids=[1, 2, 3])),
+            lambda: stack.generate([1, 2, 3]),
+        )
+        for call in calls:
             with pytest.raises(grpc.aio.AioRpcError) as caught:
-                request = (
-                    router_pb2.BestWorkerIdRequest if call is stack.stub.BestWorkerId else router_pb2.GenerateRequest
-                )
-                reply = call(request(token_ids=[1, 2, 3]))
-                await (reply if call is stack.stub.BestWorkerId else reply.read())
+                await call()
             assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
             assert "unhealthy" in caught.value.details()
 

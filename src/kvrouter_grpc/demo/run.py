@@ -164,8 +164,8 @@ async def _fleet(count: int) -> AsyncIterator[dict[str, MockWorker]]:
             config = MockWorkerConfig(
                 model="demo-model",
                 block_size=BLOCK_SIZE,
-                num_blocks=512,
-                prefill_tokens_per_s=12_000,
+                num_blocks=400,
+                prefill_tokens_per_s=6_000,
                 itl_ms=4,
                 max_num_seqs=16,
                 max_num_batched_tokens=2048,
