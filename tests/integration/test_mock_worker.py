@@ -255,9 +255,7 @@ async def test_events_say_what_the_cache_holds(http: aiohttp.ClientSession) -> N
 async def test_after_a_storm_the_events_still_say_what_the_cache_holds(http: aiohttp.ClientSession) -> None:
     """Shared prefixes, eviction, preemption and clients that leave, all at once."""
     rng = random.Random(11)
-    async with MockWorker(
-        fast(block_size=4, num_blocks=40, max_num_seqs=8, max_num_batched_tokens=32, replay_hwm=0)
-    ) as worker:
+    async with MockWorker(fast(block_size=4, num_blocks=40, max_num_seqs=8, max_num_batched_tokens=32)) as worker:
 
         async def one(seed: int) -> None:
             body = {"prompt": prompt(seed % 5, 8 + seed % 29), "max_tokens": 1 + seed % 40, "stream": True}

@@ -150,13 +150,18 @@ async def test_dropped_events_can_be_replayed(http: aiohttp.ClientSession) -> No
         assert [int.from_bytes(frames[2], "big") for frames in missed[:-1]] == [last + 1, last + 2, last + 3]
 
 
-async def test_a_large_replay_is_whole_without_a_high_water_mark() -> None:
-    async with MockWorker(fast(replay_hwm=0)) as worker:
-        (publisher,) = worker._running.publishers
-        for _ in range(5000):
-            publisher.publish([BlockRemoved(bytes(32))])
-        replies = await replayed(worker.replay_endpoints[0])
-        assert [int.from_bytes(frames[2], "big") for frames in replies[:-1]] == list(range(5000))
+async def test_a_large_replay_is_whole_unless_loss_is_asked_for() -> None:
+    for lossy_after in (None, 1000):
+        async with MockWorker(fast(replay_lossy_after=lossy_after)) as worker:
+            (publisher,) = worker._running.publishers
+            for _ in range(3000):
+                publisher.publish([BlockRemoved(bytes(32))])
+            lost = [] if lossy_after is None else list(range(1000, 3000, 16))
+            expected = sorted({*range(3000)} - {*lost})
+            replies = await replayed(worker.replay_endpoints[0])
+            assert [int.from_bytes(frames[2], "big") for frames in replies[:-1]] == expected
+            again = await replayed(worker.replay_endpoints[0], 1000)  # asked again from the hole, it is filled
+            assert int.from_bytes(again[0][2], "big") == 1000
 
 
 async def test_paused_it_stalls_but_is_healthy(http: aiohttp.ClientSession) -> None:

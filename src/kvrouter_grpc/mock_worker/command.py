@@ -39,9 +39,9 @@ _OPTIONS: tuple[tuple[str, Any, str], ...] = (
     ("topic", str, "Topic frame of the events."),
     ("buffer_steps", int, "Event batches kept for replay. A small ring shows what a router does when it is too late."),
     (
-        "replay_hwm",
+        "replay_lossy_after",
         int,
-        "Messages a replay may have in flight before it loses some (vLLM up to 0.32: 1000); 0: no loss.",
+        "Lose every 16th message of a replay after this many, as vLLM up to 0.32 does after 1000.",
     ),
     ("hash_seed", str, "Root of the block hashes. Before 0.29, vLLM's differ per process: give each worker its own."),
     ("advertise_host", str, "Where other workers reach this one, for KV transfer; by default the host."),

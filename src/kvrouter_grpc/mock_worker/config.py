@@ -38,8 +38,8 @@ class MockWorkerConfig:
         replay_port: Replay port of rank 0, rank r is at port + r; 0 picks free ones.
         topic: First frame of every event message.
         buffer_steps: Event batches kept for replay.
-        replay_hwm: Send high-water mark of the replay socket. vLLM up to 0.32 has ZMQ's default of 1000, so
-            large replays lose frames; 0 loses none, like 0.33.
+        replay_lossy_after: Messages of one replay after which every 16th is lost. vLLM up to 0.32 loses about as
+            many after 1000, because its replay socket has a small send buffer. None loses none, like 0.33.
         replay_frames: 4 frames per replayed batch, or 3 (without topic) like vLLM up to 0.25.
         event_format: `map` (since 0.24), `array` (0.22 and 0.23) or `batch-map` (the batch is a map as well).
         hash_format: Block hashes as 64-bit integers or as 32 bytes.
@@ -76,7 +76,7 @@ class MockWorkerConfig:
     replay_port: int = 0
     topic: str = "kv-events"
     buffer_steps: int = 10_000
-    replay_hwm: int = 1000
+    replay_lossy_after: int | None = None
     replay_frames: int = 4
     event_format: EventFormat = "map"
     hash_format: HashFormat = "int"
@@ -135,7 +135,7 @@ class MockWorkerConfig:
             ("max_num_queued_reqs", self.max_num_queued_reqs or 0, 0),
             ("dp_size", self.dp_size, 1),
             ("buffer_steps", self.buffer_steps, 1),
-            ("replay_hwm", self.replay_hwm, 0),
+            ("replay_lossy_after", self.replay_lossy_after or 0, 0),
             ("kv_transfer_timeout_s", self.kv_transfer_timeout_s, 0),
             ("prefill_tokens_per_s", self.prefill_tokens_per_s, 1),
             ("itl_ms", self.itl_ms, 0),

@@ -15,6 +15,7 @@ from kvrouter_grpc.mock_worker.kv_events import KvEvent, encode_batch
 _PUB_HWM = 100_000  # vLLM's default: a subscriber that lags further loses messages
 _END_OF_REPLAY = (-1).to_bytes(8, "big", signed=True)
 _REPLAY_SLICE = 256  # messages between two chances for others to run
+_LOST_IN_REPLAY = 16  # one of so many, where loss is asked for
 _BIND_ATTEMPTS = 100
 
 S = TypeVar("S", zmq.Socket[bytes], zmq.asyncio.Socket)
@@ -83,7 +84,10 @@ class EventPublisher:
         topic = [self._topic] if self._config.replay_frames == 4 else []
         # Equally long big-endian numbers compare like their bytes. A copy, because batches arrive meanwhile.
         wanted = [batch for batch in self._ring if batch[0] >= start]
+        lossy_after = self._config.replay_lossy_after
         for sent, (seq, payload) in enumerate(wanted):
+            if lossy_after is not None and sent >= lossy_after and (sent - lossy_after) % _LOST_IN_REPLAY == 0:
+                continue
             await self._router.send_multipart([client, b"", *topic, seq, payload])
             if sent % _REPLAY_SLICE == 0:
                 await asyncio.sleep(0)
@@ -113,7 +117,7 @@ def open_publishers(
 
     def new_router() -> zmq.asyncio.Socket:
         router = context.socket(zmq.ROUTER)
-        router.setsockopt(zmq.SNDHWM, config.replay_hwm)
+        router.setsockopt(zmq.SNDHWM, 0)  # what is lost is lost on purpose
         return router
 
     pubs = _bind_range(new_pub, host, events_port, config.dp_size)
