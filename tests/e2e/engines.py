@@ -220,7 +220,7 @@ class Engine:
         self._zygote.ask("stop", name=self.name, number=signal.SIGKILL)
 
     def terminate(self) -> None:
-        """SIGTERM, as Kubernetes sends it; returns when it is gone."""
+        """SIGTERM and, when the grace is over, SIGKILL, as Kubernetes sends them; returns when it is gone."""
         self._zygote.ask("stop", name=self.name, number=signal.SIGTERM)
 
     async def restart(self) -> None:

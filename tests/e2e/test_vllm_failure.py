@@ -1,5 +1,6 @@
 """A killed engine is out of the decision within a second, its stream ends clearly, and its restart is indexed again."""
 
+import asyncio
 import time
 
 import grpc
@@ -9,7 +10,7 @@ from e2e.conftest import Prompts
 from e2e.engines import MAX_MODEL_LEN, Engine
 from e2e.router import Reply, Router
 from e2e.waiting import until
-from kvrouter_client import FinishReason, KvRouterError, WorkerState
+from kvrouter_client import FinishReason, GenerateStream, KvRouterError, WorkerState
 
 pytestmark = pytest.mark.vllm
 
@@ -91,29 +92,41 @@ async def test_an_engine_that_dies_before_the_first_token_is_replaced(
 async def test_a_terminated_engine_ends_its_stream_clearly(
     fleet: list[Engine], router: Router, prompt: Prompts
 ) -> None:
-    """SIGTERM, as a rollout sends it: vLLM ends open streams with finish reason "abort" and stops."""
+    """SIGTERM and, when the grace is over, SIGKILL, as a rollout does it.
+
+    vLLM ends open streams with finish reason "abort"; when its engine core is gone before it could tell, they stay open
+    and silent until the SIGKILL.
+    """
     victim, other = fleet
     asked = prompt(5 * victim.block_size)
     pin = await router.pin(victim)
-    reply, failure = Reply(), None
-    stream = router.stream(asked, MAX_MODEL_LEN - 200, routing=pin)
-    reply.add(await anext(stream))
-    try:
-        victim.terminate()
+    await router.generate(asked, routing=pin)
+    await router.settle(victim)
+
+    async def routed_elsewhere() -> bool:
+        return (await router.client.best_worker_id(asked)).worker_name == other.name
+
+    async def rest(stream: GenerateStream) -> KvRouterError | None:
         try:
             await reply.rest(stream)
         except KvRouterError as error:
-            failure = error
-        assert 0 < len(reply.token_ids) < MAX_MODEL_LEN - 200
-        if failure is None:
+            return error
+        return None
+
+    assert not await routed_elsewhere()
+    reply = Reply()
+    stream = router.stream(prompt(50), MAX_MODEL_LEN - 100, routing=pin)
+    reply.add(await anext(stream))
+    try:
+        async with asyncio.TaskGroup() as group:
+            group.create_task(asyncio.to_thread(victim.terminate))
+            ending = group.create_task(rest(stream))
+            await until(routed_elsewhere, "the terminated engine is out of the decision", 1.0)
+        assert 0 < len(reply.token_ids) < MAX_MODEL_LEN - 100
+        if (failure := ending.result()) is None:
             assert reply.finish_reason is FinishReason.CANCELLED
-        else:  # it was gone before it could say so
+        else:
             assert (failure.code, failure.reason) == (grpc.StatusCode.ABORTED, "STREAM_INTERRUPTED")
-
-        async def routed_elsewhere() -> bool:
-            return (await router.client.best_worker_id(asked)).worker_name == other.name
-
-        await until(routed_elsewhere, "the terminated engine is out of the decision", 1.0)
         assert await router.booked() == (0, 0, 0)
     finally:
         await victim.restart()

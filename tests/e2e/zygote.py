@@ -26,7 +26,7 @@ import warnings
 from typing import Any
 
 PR_SET_PDEATHSIG = 1
-STOP_GRACE_S = 15.0
+STOP_GRACE_S = 5.0
 libc = ctypes.CDLL(None)
 
 
@@ -46,10 +46,13 @@ def preload() -> None:
         "vllm.v1.worker.cpu_worker",
     ):
         importlib.import_module(module)
+    from vllm.model_executor.models import registry
     from vllm.v1.engine import coordinator, utils
 
     for starter in (coordinator, utils):  # the two that start processes
         starter.get_mp_context = lambda: multiprocessing.get_context("fork")
+    # Looking at a model class needs no fresh interpreter either, which would import all of this again.
+    registry._run_in_subprocess = lambda look: look()
     from vllm.platforms import current_platform
 
     current_platform.import_kernels()
