@@ -191,7 +191,7 @@ SCHEDULES = {
         row(lambda s: s.silence(), None, [5], LIVE),
         row(lambda s: s.live(6), [APPLY], [5, 6], LIVE),
         row(lambda s: s.tracker.audit(), None, [5, 6], LIVE, wants=True),
-        row(lambda s: s.replay(0, 1, ends=False), [RESTART, APPLY], [5, 6, "|", 0, 1], SYNCING),
+        row(lambda s: s.replay(*range(7)), [*[DUPLICATE] * 7, RESTART], [5, 6, "|", *range(7)], LIVE),
     ],
     "a lost last batch is found by an audit": [
         row(lambda s: s.tracker.connected(), None, [], SYNCING, wants=True),

@@ -13,14 +13,15 @@ Three facts carry it:
   answer that begins too late means that the ring has rolled.
 * A live socket delivers ascending numbers. A number that comes back with another content is a new process.
 
-A hole that nothing fills is given up: the stream goes on behind it and is STALE, for the lost batches may have removed
-blocks. It is repaired when the whole history can still be had: `audit()` then asks from 0 and, if the answer does start
-there, everything is forgotten and read again.
+A hole that nothing fills is given up: the stream goes on behind it and is STALE, for the lost batches may have
+removed blocks. `audit()` repairs it when the whole history can still be had: it asks from 0, collects the answer
+aside, and only when that is complete everything is forgotten and taken again.
 """
 
 from enum import Enum
 
 from kvrouter_grpc.core import hash_bytes
+from kvrouter_grpc.events.held import HeldBatches
 from kvrouter_grpc.types import StreamState
 
 RECENT = 1024
@@ -69,22 +70,22 @@ class StreamTracker:
         self.restarts = 0
         self.replaying = False
         self._can_replay = can_replay
-        self._max_held = max_held
-        self._max_held_bytes = max_held_bytes
+        self._bounds = (max_held, max_held_bytes)
         self._max_attempts = max_attempts
         self._connected = False
         self._heard = False  # the publisher said anything: a batch, or the end of a replay
         self._taken = 0  # batches taken from this process
-        self._held: dict[int, bytes] = {}
-        self._held_bytes = 0
+        self._held = HeldBatches(*self._bounds)
         self._recent: dict[int, int | None] = {}  # number to content; None for one given up
         self._live_high = -1  # highest number seen on the live socket
         self._lost = 0  # batches given up: blocks may be indexed that the engine has removed since
-        self._unverified = False  # a reconnection without a replay: nothing proves that nothing was lost
+        self._doubt = False  # since a reconnection nothing has proved yet that it is the same process: take nothing
+        self._unverified = False  # ... and the proof was given up
         self._verify = False  # a replay has to show what was missed
         self._verifying = False  # ... and was asked for
         self._audit = False  # a replay is wanted to look for losses that no later batch has shown
-        self._repairing = False  # the current replay starts at 0 to make good what was given up
+        self._repair: HeldBatches | None = None  # the history so far, while a replay from 0 is under way
+        self._repairs = 0  # repairs that failed
         self._irreparable = False  # what was given up cannot be had again from this process
         self._answer_first: int | None = None  # first number in the current answer
         self._asked_at = 0  # `next_seq` when the current replay was asked for
@@ -129,7 +130,7 @@ class StreamTracker:
         if self._lost:
             return f"{self._lost} batches are lost: blocks that they removed still count as cached"
         if self._unverified:
-            return "reconnected without a replay port: what was missed cannot be told"
+            return "reconnected, and no replay has shown what was missed"
         if self.partial:
             return "blocks cached before the first batch received are unknown"
         return ""
@@ -137,17 +138,18 @@ class StreamTracker:
     @property
     def ready(self) -> bool:
         """Whether `take()` would give a batch."""
-        return self.next_seq in self._held
+        return self.next_seq in self._held and not self._doubt
 
     @property
     def repairable(self) -> bool:
         """Whether an audit may make good what was given up."""
-        return self._can_replay and bool(self._lost or self.partial) and not self._irreparable
+        faulty = self._lost or self.partial or self._unverified
+        return self._can_replay and bool(faulty) and not self._irreparable
 
     @property
     def _hole(self) -> bool:
         """Whether the next batch is known to be missing."""
-        if self._held:
+        if len(self._held):
             return self.next_seq not in self._held
         return self._unreadable is not None and self._unreadable[0] == self.next_seq
 
@@ -159,9 +161,12 @@ class StreamTracker:
         self._restart_seen = False
         if self._can_replay:
             # Held batches, and an answer under way, may be of a process that is gone.
-            self._drop_held()
+            self._held.clear()
+            self._repair = None
             self.replaying = self._verifying = False
             self._verify = True
+            self._doubt = self.next_seq > 0
+            self._rolled = 0
         elif self._taken:
             self._unverified = True
 
@@ -178,7 +183,7 @@ class StreamTracker:
             RESTART, or DUPLICATE when there is nothing to forget.
         """
         if not self.next_seq:
-            self._drop_held()
+            self._held.clear()
             return Verdict.DUPLICATE
         self.restarts -= self._restart_seen  # most likely the same one: it counts once
         return self._restart()
@@ -203,22 +208,25 @@ class StreamTracker:
             self._live_high = seq
             self._keep(seq, payload)
             return Verdict.RESTART
+        if self._repair is not None:
+            self._repair.add(seq, payload)
         gap = seq > self.next_seq and self._taken > 0 and not self._hole
         self.gaps += gap
         if not self._keep(seq, payload):
             return Verdict.DUPLICATE
         if gap:
             return Verdict.GAP
-        if seq == self.next_seq:
-            self._unverified = False
-            return Verdict.APPLY
-        return Verdict.HOLD
+        if not self.ready:
+            return Verdict.HOLD
+        if not (self._can_replay and self._empty_proves):
+            self._unverified = False  # the numbers go on where they were: no better proof is to be had
+        return Verdict.APPLY
 
     def _keep(self, seq: int, payload: bytes) -> bool:
         """Hold a live batch. Without a replay port, what lies before it will never come."""
         if not self._can_replay and seq > self.next_seq:
             self._skip_to(seq)
-        return self._hold(seq, payload)
+        return self._held.add(seq, payload, keep=seq == self.next_seq)
 
     # --- replays --------------------------------------------------------------------------------------------------
 
@@ -236,12 +244,13 @@ class StreamTracker:
             The number it has to start from.
         """
         self.replaying = True
-        self._repairing = self._audit and self.repairable
+        repairs = self._audit and self.repairable and not (self._verify or self._hole)
+        self._repair = HeldBatches(*self._bounds) if repairs else None
         self._verifying = self._verify
         self._verify = self._audit = False
         self._answer_first = None
         self._asked_at = self.next_seq
-        return 0 if self._repairing else max(self.next_seq - 1, 0)
+        return 0 if repairs else max(self.next_seq - 1, 0)
 
     def replayed(self, seq: int, payload: bytes) -> Verdict:
         """A batch arrived on the replay socket."""
@@ -249,26 +258,30 @@ class StreamTracker:
         if self._answer_first is None:
             self._answer_first = seq
             self._empty_proves = True
-            if self._repairing and not seq:
-                self.missed -= self._lost
-                self._start_over()
-                self._verifying = True
-                self._hold(seq, payload)
-                return Verdict.RESTART
-            if not self.next_seq and seq:
-                # Nothing is known yet and the ring no longer reaches back to the start.
-                self._skip_to(min([seq, *self._held]))
-            self._irreparable = self._irreparable or seq > (0 if self._repairing else self._asked_at)
+            if self._repair is None:
+                self._answer_begins(seq)
+        if self._repair is not None:
+            self._repair.add(seq, payload)
         if seq < self.next_seq:
             known = self._recent.get(seq)
-            if known is None or known == hash_bytes(payload):
+            if known is None:
+                return Verdict.DUPLICATE
+            if known == hash_bytes(payload):
+                self._doubt = False
                 return Verdict.DUPLICATE
             self._restart()
             self._heard = True
             return Verdict.RESTART
-        if not self._hold(seq, payload):
+        if not self._held.add(seq, payload, keep=seq == self.next_seq):
             return Verdict.DUPLICATE
-        return Verdict.APPLY if seq == self.next_seq else Verdict.HOLD
+        return Verdict.APPLY if self.ready else Verdict.HOLD
+
+    def _answer_begins(self, seq: int) -> None:
+        """Look at how far back the ring still reaches."""
+        if not self.next_seq and seq:
+            # Nothing is known yet, and of what was before nothing needs to be.
+            self._skip_to(min(seq, self._held.first()) if len(self._held) else seq)
+        self._irreparable = self._irreparable or seq > self._asked_at
 
     def replay_ended(self) -> Verdict:
         """The answer's end marker arrived.
@@ -285,7 +298,11 @@ class StreamTracker:
             self._heard = True
             self._emptied_at = emptied_at
             return Verdict.RESTART
-        self._verifying = self._unverified = False
+        self._verifying = False
+        if self._repair is not None:
+            return self._repair_ended(self._repair)
+        if self._doubt:
+            return self._unproved()
         if not self._hole:
             self._attempts = self._rolled = 0
             self._irreparable = self._irreparable and bool(self._lost or self.partial)
@@ -298,17 +315,58 @@ class StreamTracker:
             return Verdict.APPLY
         return Verdict.GAP
 
+    def _repair_ended(self, history: HeldBatches) -> Verdict:
+        """Take the history from its beginning, if it is complete up to now."""
+        self._repair = None
+        first = self._answer_first
+        if first is None or (first and not self._unverified):
+            self._irreparable = True  # the ring has rolled
+        elif history.overflowed or not history.covers(first, self.next_seq):
+            self._repair_failed(overflowed=history.overflowed)
+        else:
+            if not first:
+                self.missed -= self._lost
+            self._start_over()
+            self._held = history
+            if first:
+                self._skip_to(first)
+                self._irreparable = True
+            return Verdict.RESTART
+        return Verdict.GAP if self._hole else Verdict.APPLY
+
+    def _repair_failed(self, *, overflowed: bool = False) -> None:
+        self._repairs += 1
+        self._irreparable = overflowed or self._repairs >= self._max_attempts
+
+    def _unproved(self) -> Verdict:
+        """The answer did not hold the batch that would prove the same process: the ring has rolled past it."""
+        if not self._empty_proves:
+            self._doubt = False
+            self._unverified = True
+            return Verdict.APPLY
+        self._rolled += 1
+        self._verify = True
+        if self._rolled < ROLLED_ANSWERS:
+            return Verdict.GAP
+        self._start_over()
+        return Verdict.RESTART
+
     def replay_failed(self) -> None:
         """The replay timed out or broke off: what came of it is kept, its end is unknown."""
         self.replaying = False
         self._silent = self._silent + 1 if self._answer_first is None else 0
+        if self._repair is not None:
+            self._repair = None
+            self._repair_failed()
+            return
         self._count_attempt()
         self._verify = self._verify or self._verifying
         self._verifying = False
         if self._silent >= SILENT_REPLAYS or self._attempts >= self._max_attempts:
             if self._verify:
-                self._verify = False
-                self._unverified = bool(self._taken)
+                self._verify = self._doubt = False
+                self._unverified = self._taken > 0
+                self._irreparable = False
             if self._hole:
                 self._give_up()
 
@@ -318,17 +376,16 @@ class StreamTracker:
     def _give_up(self) -> None:
         """Go on behind the hole: a picture with a known fault is worth more than none."""
         self._attempts = self._rolled = 0
-        self._skip_to(min(self._held, default=self.next_seq + 1))
+        self._skip_to(self._held.first() if len(self._held) else self.next_seq + 1)
 
     # --- taking ---------------------------------------------------------------------------------------------------
 
     def take(self) -> tuple[int, bytes] | None:
         """The next batch in order, number and payload; None when it is not here."""
-        seq = self.next_seq
-        payload = self._held.pop(seq, None)
-        if payload is None:
+        if not self.ready:
             return None
-        self._held_bytes -= len(payload)
+        seq = self.next_seq
+        payload = self._held.take(seq)
         self._remember(seq, hash_bytes(payload))
         self.next_seq = seq + 1
         self._taken += 1
@@ -351,28 +408,10 @@ class StreamTracker:
         else:
             # The same bytes twice, so the engine wrote them; then, of one that never wrote anything else, all are lost.
             self._lose(seq + 1)
+            self._remember(*bad)
             self._rubbish = self._irreparable = True
 
     # --- parts ----------------------------------------------------------------------------------------------------
-
-    def _hold(self, seq: int, payload: bytes) -> bool:
-        """Keep a batch until it is taken; False when that very copy is held. Of two different ones the later stays."""
-        before = self._held.pop(seq, None)
-        if before is not None:
-            self._held_bytes -= len(before)
-        self._held[seq] = payload
-        self._held_bytes += len(payload)
-        # The oldest go first: a replay brings those back before it brings the newest.
-        while len(self._held) > self._max_held or self._held_bytes > self._max_held_bytes:
-            if seq == self.next_seq or len(self._held) == 1:
-                break  # it is about to be taken
-            oldest = next(iter(self._held))
-            self._held_bytes -= len(self._held.pop(oldest))
-        return before != payload
-
-    def _drop_held(self) -> None:
-        self._held.clear()
-        self._held_bytes = 0
 
     def _remember(self, seq: int, content: int | None) -> None:
         self._recent[seq] = content
@@ -404,19 +443,20 @@ class StreamTracker:
         self._verify = self._can_replay
         self._unreadable = self._emptied_at = None
         self._restart_seen = True
-        self._irreparable = self._rubbish = False
+        self._repairs = 0
+        self._rubbish = False
         return Verdict.RESTART
 
     def _start_over(self) -> None:
         """Know nothing of the stream's batches."""
         self.next_seq = self._asked_at = self._taken = 0
-        self.partial = self._unverified = False
+        self.partial = self._doubt = self._unverified = False
         self._lost = 0
-        self._drop_held()
+        self._held.clear()
+        self._repair = None
         self._recent.clear()
         self._attempts = self._rolled = 0
-        # A repair that fails must not be tried for ever: it empties the picture each time.
-        self._irreparable = True
+        self._irreparable = False
 
 
 _UNKNOWN = -1  # no content: hashes are unsigned
