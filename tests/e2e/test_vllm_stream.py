@@ -35,11 +35,15 @@ async def test_streamed_tokens_are_the_engines_own(fleet: list[Engine], router: 
 async def test_concurrent_streams_do_not_mix(fleet: list[Engine], router: Router, prompt: Prompts) -> None:
     prompts = [prompt(20 + 11 * index) for index in range(12)]
     own = [await fleet[0].generate(asked, 48) for asked in prompts]
+    pins = [await router.pin(engine) for engine in fleet]
     async with asyncio.TaskGroup() as group:
-        calls = [group.create_task(router.generate(asked, 48)) for asked in prompts]
+        calls = [
+            group.create_task(router.generate(asked, 48, routing=pins[index % 2]))
+            for index, asked in enumerate(prompts)
+        ]
     replies = [call.result() for call in calls]
     assert [reply.token_ids for reply in replies] == [answer.token_ids for answer in own]
-    assert {reply.routing.worker_name for reply in replies} == {engine.name for engine in fleet}
+    assert [reply.routing.worker_name for reply in replies] == [engine.name for engine in fleet] * 6
     assert await router.booked() == (0, 0, 0)
 
 
