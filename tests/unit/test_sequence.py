@@ -384,6 +384,14 @@ def test_a_restart_ends_the_replay_that_was_under_way() -> None:
     assert stream.tracker.wants_replay
 
 
+def test_batches_that_the_ring_has_not_reached_are_of_a_dead_process() -> None:
+    stream = synced(0)
+    stream.live(5, process="dead")
+    assert [stream.replay(0)[-1] for _ in range(3)] == [GAP, GAP, APPLY]
+    assert (stream.taken, stream.state, stream.tracker.missed) == ([0], LIVE, 0)
+    assert stream.live(1) == [APPLY]
+
+
 def test_a_restart_reported_after_it_was_noticed_counts_once() -> None:
     stream = synced(0, 1, 2)
     stream.live(0, process="b")

@@ -88,6 +88,7 @@ class StreamTracker:
         self._repairs = 0  # repairs that failed
         self._irreparable = False  # what was given up cannot be had again from this process
         self._answer_first: int | None = None  # first number in the current answer
+        self._answer_last = -1  # last one
         self._asked_at = 0  # `next_seq` when the current replay was asked for
         self._attempts = 0
         self._rolled = 0
@@ -255,6 +256,7 @@ class StreamTracker:
     def replayed(self, seq: int, payload: bytes) -> Verdict:
         """A batch arrived on the replay socket."""
         self._heard = True
+        self._answer_last = seq
         if self._answer_first is None:
             self._answer_first = seq
             self._empty_proves = True
@@ -311,7 +313,12 @@ class StreamTracker:
         self._rolled = self._rolled + 1 if late and self.next_seq == self._asked_at else 0
         self._count_attempt()
         if self._rolled >= ROLLED_ANSWERS or self._attempts >= self._max_attempts:
-            self._give_up()
+            if self._answer_first is not None and len(self._held) and self._answer_last < self._held.first():
+                # The ring ends before them: a process that is gone sent them.
+                self._held.clear()
+                self._attempts = self._rolled = 0
+            else:
+                self._give_up()
             return Verdict.APPLY
         return Verdict.GAP
 
