@@ -167,7 +167,7 @@ class StreamTracker:
             self.replaying = self._verifying = False
             self._verify = True
             self._doubt = self.next_seq > 0
-            self._rolled = 0
+            self._attempts = self._rolled = 0
         elif self._taken:
             self._unverified = True
 
@@ -313,12 +313,7 @@ class StreamTracker:
         self._rolled = self._rolled + 1 if late and self.next_seq == self._asked_at else 0
         self._count_attempt()
         if self._rolled >= ROLLED_ANSWERS or self._attempts >= self._max_attempts:
-            if self._answer_first is not None and len(self._held) and self._answer_last < self._held.first():
-                # The ring ends before them: a process that is gone sent them.
-                self._held.clear()
-                self._attempts = self._rolled = 0
-            else:
-                self._give_up()
+            self._give_up()
             return Verdict.APPLY
         return Verdict.GAP
 
@@ -370,6 +365,7 @@ class StreamTracker:
         self._verify = self._verify or self._verifying
         self._verifying = False
         if self._silent >= SILENT_REPLAYS or self._attempts >= self._max_attempts:
+            self._attempts = 0
             if self._verify:
                 self._verify = self._doubt = False
                 self._unverified = self._taken > 0
@@ -383,7 +379,13 @@ class StreamTracker:
     def _give_up(self) -> None:
         """Go on behind the hole: a picture with a known fault is worth more than none."""
         self._attempts = self._rolled = 0
-        self._skip_to(self._held.first() if len(self._held) else self.next_seq + 1)
+        waiting = self._held.first() if len(self._held) else self.next_seq
+        if self._answer_first is not None and self._answer_last < waiting:
+            # The ring ends before what waits behind the hole, or is damaged in it: a process that is gone sent that.
+            self._held.clear()
+            self._unreadable = None
+        else:
+            self._skip_to(max(waiting, self.next_seq + 1))
 
     # --- taking ---------------------------------------------------------------------------------------------------
 
