@@ -392,6 +392,16 @@ def test_batches_that_the_ring_has_not_reached_are_of_a_dead_process() -> None:
     assert stream.live(1) == [APPLY]
 
 
+def test_an_answer_that_breaks_off_says_nothing_about_the_end_of_the_ring() -> None:
+    stream = synced(0)
+    stream.live(5)
+    for _ in range(3):
+        stream.replay(0, ends=False)
+        stream.tracker.replay_failed()
+    stream.drain(APPLY)
+    assert (stream.taken, stream.state, stream.tracker.missed) == ([0, 5], STALE, 4)
+
+
 def test_a_restart_reported_after_it_was_noticed_counts_once() -> None:
     stream = synced(0, 1, 2)
     stream.live(0, process="b")

@@ -313,7 +313,7 @@ class StreamTracker:
         self._rolled = self._rolled + 1 if late and self.next_seq == self._asked_at else 0
         self._count_attempt()
         if self._rolled >= ROLLED_ANSWERS or self._attempts >= self._max_attempts:
-            self._give_up()
+            self._give_up(whole_answer=self._answer_first is not None)
             return Verdict.APPLY
         return Verdict.GAP
 
@@ -371,16 +371,16 @@ class StreamTracker:
                 self._unverified = self._taken > 0
                 self._irreparable = False
             if self._hole:
-                self._give_up()
+                self._give_up(whole_answer=False)
 
     def _count_attempt(self) -> None:
         self._attempts = self._attempts + 1 if self.next_seq == self._asked_at else 0
 
-    def _give_up(self) -> None:
+    def _give_up(self, *, whole_answer: bool) -> None:
         """Go on behind the hole: a picture with a known fault is worth more than none."""
         self._attempts = self._rolled = 0
         waiting = self._held.first() if len(self._held) else self.next_seq
-        if self._answer_first is not None and self._answer_last < waiting:
+        if whole_answer and self._answer_last < waiting:
             # The ring ends before what waits behind the hole, or is damaged in it: a process that is gone sent that.
             self._held.clear()
             self._unreadable = None
