@@ -136,8 +136,7 @@ class Prompt:
     mm_hashes: Mapping[int, Sequence[int]] = field(default_factory=dict)
 
 
-@dataclass(frozen=True, slots=True)
-class Overlap:
+class Overlap(NamedTuple):
     """Blocks of a prompt that one target holds, each tier continuing where the one before ends."""
 
     device: int = 0
@@ -163,9 +162,12 @@ class Candidate:
     dropped: str = ""  # why the target was not eligible, "" when it was
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Decision:
-    """Where a request goes and why."""
+    """Where a request goes and why.
+
+    Not frozen like its neighbours: one is made per request, and freezing it takes longer than deciding.
+    """
 
     target: Target
     worker_name: str

@@ -115,6 +115,9 @@ class Sink:
     def stream(self, target: Target) -> StreamStatus:
         return self.status
 
+    def refresh(self, target: Target) -> None:
+        assert target == TARGET
+
 
 class Bench:
     """A subscriber under test and its publisher, which may be replaced by a new process on the same ports."""

@@ -1,4 +1,7 @@
-"""The cost functions against figures worked out by hand from their published formulas."""
+"""The reference costs against figures worked out by hand from their published formulas.
+
+`test_decider.py` compares the compiled ones with these.
+"""
 
 import math
 
@@ -6,8 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvrouter_grpc.routing.cost import COSTS, Ask, Row, Weights, cached_tokens, credit_blocks
+from kvrouter_grpc.routing.cost import COSTS as NAMES
+from kvrouter_grpc.routing.cost import Weights, credit_blocks
 from kvrouter_grpc.types import Overlap
+from reference.cost import COSTS, Ask, Row, cached_tokens
 
 
 def row(device=0, host=0, disk=0, *, in_flight=0, fresh=1.0, queued=0, active=0, requests=0, total=0, taint=0.0):
@@ -90,6 +95,10 @@ def test_dynamo_cost_by_hand(rows, weights, expected):
 )
 def test_cached_tokens_is_what_an_engine_reports(overlap, in_flight, prompt, expected):
     assert cached_tokens(overlap, in_flight, Ask(prompt, 16)) == expected
+
+
+def test_the_terms_are_named_as_in_the_reference():
+    assert {name: cost.terms for name, cost in COSTS.items()} == NAMES
 
 
 def test_credit_weighs_the_tiers():

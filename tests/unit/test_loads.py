@@ -7,8 +7,9 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, invariant, rule
 
+from kvrouter_grpc.core import TargetTable
 from kvrouter_grpc.errors import DuplicateRequestError, UnknownReservationError
-from kvrouter_grpc.routing.loads import Booking, LoadTable
+from kvrouter_grpc.routing.loads import Booking, LoadTable, TargetLoad
 from kvrouter_grpc.types import Decision, Overlap, Target
 
 TARGETS = [Target(1, 0), Target(1, 1), Target(2, 0)]
@@ -23,6 +24,13 @@ def chain(*path):
     return array("Q", [hash(path[: depth + 1]) % 2**64 for depth in range(len(path))])
 
 
+def loads(clock=lambda: 0.0, expiry_s=10.0):
+    targets = TargetTable()
+    for target in TARGETS:
+        targets.add(target)
+    return LoadTable(targets, clock, expiry_s)
+
+
 class Leases(RuleBasedStateMachine):
     """Books, first tokens, releases, expiries and removals, against a plain list of what is in flight."""
 
@@ -31,7 +39,7 @@ class Leases(RuleBasedStateMachine):
     def __init__(self):
         super().__init__()
         self.now = 0.0
-        self.table = LoadTable(lambda: self.now, 100.0)
+        self.table = loads(lambda: self.now, 100.0)
         self.model = {}  # id -> [target, seqs, prefill, shared, expires_at]
         self.leases = {}
 
@@ -78,6 +86,22 @@ class Leases(RuleBasedStateMachine):
         self.table.expire()
         self.model = {name: entry for name, entry in self.model.items() if entry[4] > self.now}
 
+    @rule(where=st.sampled_from(TARGETS))
+    def replace(self, where):
+        """A target that comes back is another one: what was booked on it before is gone for good."""
+        self.table.targets.remove(where)
+        self.table.targets.add(where)
+        for entry in self.model.values():
+            if entry[0] == where:
+                entry[0] = None
+
+    def teardown(self):
+        for lease in self.leases.values():
+            lease.release()
+        for target in TARGETS:
+            self.table.targets.remove(target)
+        assert self.table.targets.stats() == {"rows": 0, "bookings": 0, "pinned_blocks": 0, "bytes": 0}
+
     @invariant()
     def loads_are_the_sum_of_what_is_in_flight(self):
         assert len(self.table) == len(self.model)
@@ -91,7 +115,9 @@ class Leases(RuleBasedStateMachine):
             for path in ([], [0], [0, 1, 0], [1, 1, 1, 1], [0, 0, 0, 0, 0, 0]):
                 seqs = chain(*path)
                 held = next((depth for depth, seq in enumerate(seqs) if seq not in shared), len(seqs))
-                assert load.in_flight_overlap(seqs) == held
+                assert self.table.targets.pinned(self.table.targets.row(target), seqs) == held
+        stats = self.table.targets.stats()
+        assert stats["bookings"] == sum(entry[0] is not None for entry in self.model.values())
 
 
 TestLeases = Leases.TestCase
@@ -99,7 +125,7 @@ TestLeases.settings = settings(max_examples=150, stateful_step_count=40, deadlin
 
 
 def test_a_lease_is_released_whatever_ends_its_block():
-    table = LoadTable(lambda: 0.0, 10.0)
+    table = loads()
 
     def fail():
         with table.book("a", decision(TARGETS[0]), Booking(chain(1, 2), 50)):
@@ -112,18 +138,19 @@ def test_a_lease_is_released_whatever_ends_its_block():
 
 
 def test_a_removed_target_takes_its_load_along_and_its_leases_end_quietly():
-    table = LoadTable(lambda: 0.0, 10.0)
+    table = loads()
     lease = table.book("a", decision(TARGETS[0]), Booking(chain(1), 50))
-    table.remove(TARGETS[0])
-    assert table.load(TARGETS[0]).active_requests == 0
-    table.add(TARGETS[0])
+    table.targets.remove(TARGETS[0])
+    assert table.load(TARGETS[0]) == TargetLoad()
+    table.targets.add(Target(7, 7))  # has the row now
+    table.targets.add(TARGETS[0])
     lease.release()
-    assert table.load(TARGETS[0]).active_requests == 0
+    assert table.load(TARGETS[0]) == table.load(Target(7, 7)) == TargetLoad()
 
 
 def test_forgotten_reservations_are_counted_and_the_heap_stays_small():
     now = [0.0]
-    table = LoadTable(lambda: now[0], 10.0)
+    table = loads(lambda: now[0])
     for number in range(1000):
         table.book(f"done-{number}", decision(TARGETS[0]), Booking(chain(1), 1)).release()
     assert len(table._deadlines) < 100

@@ -17,6 +17,7 @@ from kvrouter_grpc.errors import (
     UnknownReservationError,
     UnknownWorkerError,
 )
+from kvrouter_grpc.routing.loads import TargetLoad
 from kvrouter_grpc.routing.router import Router
 from kvrouter_grpc.routing.workers import worker_id_of
 from kvrouter_grpc.types import (
@@ -59,10 +60,16 @@ def add(router, name, *, dp=1, models=("base",), loras=(), ready=True, live=True
     router.workers.introduced(worker, worker.spec, WorkerFacts(models, loras))
     router.add_targets(worker.targets)
     for target in worker.targets:
-        router.index.stream(target).state = StreamState.LIVE if live else StreamState.COLD
+        follow(router, target, StreamState.LIVE if live else StreamState.COLD)
     if ready:
         router.workers.set_health(worker, WorkerState.READY)
     return worker
+
+
+def follow(router, target, state, batches=0):
+    stream = router.index.stream(target)
+    stream.state, stream.batches = state, batches
+    router.index.refresh(target)
 
 
 def hold(router, worker, words, rank=0):
@@ -96,12 +103,11 @@ def test_deciding_changes_nothing_and_leasing_books():
     router.best_worker(prompt(), FREE)
     assert router.load(target).active_requests == 0
     lease = router.lease("r1", prompt(), FREE)
-    load = router.load(target)
-    assert (load.active_requests, load.queued_prefill_tokens, load.active_blocks) == (1, 64, 4)
+    assert router.load(target) == TargetLoad(active_requests=1, queued_prefill_tokens=64, active_blocks=4)
     router.mark_prefill_complete("r1")
-    assert (load.active_requests, load.queued_prefill_tokens, load.active_blocks) == (1, 0, 4)
+    assert router.load(target) == TargetLoad(active_requests=1, queued_prefill_tokens=0, active_blocks=4)
     router.free("r1")
-    assert (load.active_requests, load.queued_prefill_tokens, load.active_blocks) == (0, 0, 0)
+    assert router.load(target) == TargetLoad()
     assert lease.released
     for call in (router.free, router.mark_prefill_complete):
         with pytest.raises(UnknownReservationError, match="r1"):
@@ -260,12 +266,11 @@ def test_a_stale_picture_counts_half_and_a_cold_one_nothing():
     router = make()
     a = add(router, "a")
     hold(router, a, WORDS)
-    stream = router.index.stream(a.targets[0])
-    stream.state, stream.batches = StreamState.STALE, 5
+    follow(router, a.targets[0], StreamState.STALE, batches=5)
     decision = router.best_worker(prompt(), FREE, explain=True)
     assert decision.freshness == 0.5
     assert decision.candidates[0].terms["new_prefill"] == 3 * (64 - 16 * 2)
-    stream.state = StreamState.COLD
+    follow(router, a.targets[0], StreamState.COLD)
     assert router.best_worker(prompt(), FREE).cost == 3 * 64
 
 

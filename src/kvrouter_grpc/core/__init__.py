@@ -1,9 +1,22 @@
-"""The compiled core: block hashes and the radix tree of cached blocks. It knows no I/O."""
+"""The compiled core: block hashes, the radix tree of cached blocks, and the decision. It knows no I/O."""
 
 try:
     from kvrouter_grpc.core.block_hash import hash_blocks, hash_bytes, hash_sequence, seed_for, sequence_hashes
+    from kvrouter_grpc.core.decider import Choice, Decider, Policy
     from kvrouter_grpc.core.radix_tree import RadixTree
+    from kvrouter_grpc.core.target_table import TargetTable
 except ModuleNotFoundError as error:
     raise ImportError("The compiled core is missing. Build it in the source tree with: make build") from error
 
-__all__ = ["RadixTree", "hash_blocks", "hash_bytes", "hash_sequence", "seed_for", "sequence_hashes"]
+__all__ = [
+    "Choice",
+    "Decider",
+    "Policy",
+    "RadixTree",
+    "TargetTable",
+    "hash_blocks",
+    "hash_bytes",
+    "hash_sequence",
+    "seed_for",
+    "sequence_hashes",
+]

@@ -176,7 +176,7 @@ cdef class RadixTree:
         """Takes one reference from each engine hash; how many were unknown."""
         cdef uint32_t index = self._slot(slot)
         cdef size_t count = _count("engine_hashes", engine_hashes)
-        cdef int64_t unknown = slot_remove(&self.tree, index, &engine_hashes[0], count) if count else 0
+        cdef int64_t unknown = slot_remove(&self.tree, index, &engine_hashes[0], count, False) if count else 0
         if unknown < 0:
             raise MemoryError("the index is full")
         return unknown

@@ -324,16 +324,24 @@ cdef inline int _forget(Tree* tree, uint32_t slot_id, Entry* entry) noexcept nog
     return 0
 
 
-cdef inline int64_t slot_remove(Tree* tree, uint32_t slot_id, const uint64_t* names, size_t count) noexcept nogil:
-    """Takes one reference from each engine hash; how many were unknown, or -1: no memory (the front is removed)."""
+cdef inline int64_t slot_remove(
+    Tree* tree, uint32_t slot_id, const uint64_t* names, size_t count, bint last_first
+) noexcept nogil:
+    """Takes one reference from each engine hash; how many were unknown, or -1: no memory (those before are removed).
+
+    A whole path is best removed from its end: that leaves no gaps on the way.
+    """
     cdef Slot* slot = &tree.slots[slot_id]
+    cdef int64_t step = -1 if last_first else 1
+    cdef const uint64_t* name = names + count - 1 if last_first else names
     cdef int64_t unknown = 0
     cdef Entry* entry
     cdef size_t i
     for i in range(count):
         if i + AHEAD < count:
-            table_prefetch(&slot.names, names[i + AHEAD])
-        entry = table_find(&slot.names, names[i])
+            table_prefetch(&slot.names, name[AHEAD * step])
+        entry = table_find(&slot.names, name[0])
+        name += step
         if entry == NULL:
             unknown += 1
         elif entry.value & MOST_REFERENCES > 1:

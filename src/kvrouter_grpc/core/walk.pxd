@@ -42,6 +42,25 @@ cdef inline void tree_match(Tree* tree, const uint64_t* seqs, size_t count, uint
         depth += common
 
 
+cdef inline bint _go_on(Edge* edge, size_t depth, uint32_t common, uint32_t slot, size_t* end) noexcept nogil:
+    # Moves `end` over what the slot holds from there on of an edge at `depth`, `common` of whose blocks agree with the
+    # prompt; whether it reaches the end of those.
+    cdef uint32_t span
+    cdef uint32_t skip
+    cdef int at
+    if depth + common <= end[0]:
+        return True
+    at = cover_find(edge, slot)
+    if at < 0:
+        return False
+    skip = <uint32_t>(end[0] - depth)
+    span = cover_span(edge, <uint32_t>at, skip)
+    if span > common - skip:
+        span = common - skip
+    end[0] += span
+    return skip + span == common
+
+
 cdef inline size_t tree_extend(
     Tree* tree, uint32_t slot, const uint64_t* seqs, size_t count, size_t start
 ) noexcept nogil:
@@ -49,27 +68,68 @@ cdef inline size_t tree_extend(
     cdef size_t depth = 0
     cdef size_t end = start
     cdef uint32_t common
-    cdef uint32_t span
-    cdef uint32_t skip
-    cdef int at
     cdef Edge* edge = NULL
     while depth < count:
         edge = tree_child(tree, seqs[depth], edge)
         if edge == NULL:
             break
         common = edge_common(edge, 0, seqs + depth, count - depth)
-        if depth + common > end:
-            at = cover_find(edge, slot)
-            if at < 0:
-                break
-            skip = <uint32_t>(end - depth)
-            span = cover_span(edge, <uint32_t>at, skip)
-            if span > common - skip:
-                span = common - skip
-            end += span
-            if skip + span < common:
-                break
+        if not _go_on(edge, depth, common, slot, &end):
+            break
         depth += common
         if common < edge.length:
             break
+    return end - start
+
+
+# An edge on the path of a prompt.
+cdef struct Step:
+    Edge* edge
+    uint32_t depth  # blocks before it
+    uint32_t common  # of its blocks that agree with the prompt
+
+
+cdef inline size_t tree_path(Tree* tree, const uint64_t* seqs, size_t count, Step* steps) noexcept nogil:
+    """The edges on the path of a prompt, for `path_extend`; valid until the tree changes.
+
+    Args:
+        tree: The tree.
+        seqs: Chained sequence hashes of the prompt.
+        count: How many.
+        steps: Room for `count` of them.
+
+    Returns:
+        How many there are.
+    """
+    cdef size_t depth = 0
+    cdef size_t found = 0
+    cdef Edge* edge = NULL
+    while depth < count:
+        edge = tree_child(tree, seqs[depth], edge)
+        if edge == NULL:
+            break
+        steps[found].edge = edge
+        steps[found].depth = <uint32_t>depth
+        steps[found].common = edge_common(edge, 0, seqs + depth, count - depth)
+        depth += steps[found].common
+        found += 1
+        if steps[found - 1].common < edge.length:
+            break
+    return found
+
+
+cdef inline size_t path_extend(const Step* steps, size_t count, uint32_t slot, size_t start) noexcept nogil:
+    """`tree_extend` along a path that was found before: for many slots, the walk is paid once."""
+    cdef size_t low = 0
+    cdef size_t high = count
+    cdef size_t middle
+    cdef size_t end = start
+    while low < high:
+        middle = low + (high - low) // 2
+        if steps[middle].depth + <size_t>steps[middle].common <= start:
+            low = middle + 1
+        else:
+            high = middle
+    while low < count and _go_on(steps[low].edge, steps[low].depth, steps[low].common, slot, &end):
+        low += 1
     return end - start

@@ -58,6 +58,9 @@ class KvSink(Protocol):
     def stream(self, target: Target) -> StreamStatus:
         """The target's status, which the subscriber keeps true."""
 
+    def refresh(self, target: Target) -> None:
+        """Take note that the status may have changed."""
+
 
 class Subscriber:
     """Follows the stream of one (worker, rank). `run()` lasts until it is cancelled.
@@ -323,6 +326,7 @@ class Subscriber:
         status.detail = self._fault or tracker.detail
         if status.state is StreamState.STALE and self._unreadable:
             status.detail += f"; the last unreadable message: {self._unreadable}"
+        self._index.refresh(self._target)
         if status.state is not before and StreamState.STALE in (status.state, before):
             level = log.warning if status.state is StreamState.STALE else log.info
             level(

@@ -81,7 +81,7 @@ def check_model(workers: Sequence[Worker], model: str) -> None:
 
 
 def none_eligible(
-    endpoint: str, drops: Sequence[tuple[Worker, str]], hints: RoutingHints
+    endpoint: str, drops: Sequence[tuple[Worker, Target, str]], hints: RoutingHints
 ) -> NoWorkersError | PinnedWorkerUnavailableError:
     """The error that says why nobody can take the request."""
     if not drops:
@@ -90,14 +90,14 @@ def none_eligible(
             metadata={"endpoint": endpoint},
         )
     if hints.worker_id is not None:
-        for worker, reason in drops:
+        for worker, _, reason in drops:
             if worker.worker_id == hints.worker_id and reason != "not the pinned worker":
                 return PinnedWorkerUnavailableError(
                     f"routing.worker_id: {worker.spec.name} cannot take the request ({reason}); "
                     "a pin is never rerouted",
                     metadata={"worker": worker.spec.name},
                 )
-    reasons = "; ".join(dict.fromkeys(f"{worker.spec.name}: {reason}" for worker, reason in drops[:8]))
+    reasons = "; ".join(dict.fromkeys(f"{worker.spec.name}: {reason}" for worker, _, reason in drops[:8]))
     return NoWorkersError(
         f"no worker of endpoint {endpoint} can take the request ({reasons})", metadata={"endpoint": endpoint}
     )

@@ -1,39 +1,21 @@
-"""What it costs to send a request to a target: pure functions over plain numbers. The lowest cost wins.
+"""The knobs and terms of the two costs of sending a request to a target. The compiled core works them out.
 
-`prefill_first` is the router's own policy, `dynamo` the published formula of the Dynamo KV router, for people who move
-over and for comparison. Both return the values of their terms in the order of their `TERMS`; the cost is
-`total(...)` of them.
+    default   queued_prefill + new_prefill + memory_shortage, in tokens: the prompt tokens that wait there; (1 + new-work
+              weight) times what must be computed for this prompt; by how much pinned blocks and this request exceed the
+              cache.
+    dynamo    prefill + decode + active_requests, in blocks: the formula of the Dynamo KV router's default selector.
 """
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
 
 from kvrouter_grpc.types import Overlap
 
-
-@dataclass(slots=True)
-class Row:
-    """One eligible target: what it holds of the prompt, and what it is busy with."""
-
-    overlap: Overlap
-    in_flight_blocks: int  # leading blocks of the prompt that requests in flight pin there
-    freshness: float  # trust in `overlap`, 0..1
-    queued_prefill_tokens: int
-    active_blocks: int
-    active_requests: int
-    total_blocks: int  # 0 when not known
-    taint_preference: float = 0.0  # sum of the request's preferences for its taints
-
-
-@dataclass(frozen=True, slots=True)
-class Ask:
-    """The request as the cost sees it."""
-
-    prompt_tokens: int
-    block_size: int  # at least 1
-    expected_output_tokens: int = 0
+COSTS: Mapping[str, tuple[str, ...]] = {
+    "default": ("queued_prefill", "new_prefill", "memory_shortage"),
+    "dynamo": ("prefill", "decode", "active_requests"),
+}
+"""The terms of each cost, by the name that `--router-cost` and `router_config_override.cost` use."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,92 +32,6 @@ class Weights:
     track_active_blocks: bool = True
     track_prefill_tokens: bool = True
     assume_kv_reuse: bool = True
-
-
-class Cost(NamedTuple):
-    """A cost function and the names of its terms."""
-
-    terms: tuple[str, ...]
-    score: Callable[[Sequence[Row], Ask, Weights], list[tuple[float, ...]]]
-    counts_in_flight: bool  # whether blocks of requests in flight count as cached
-    fewest_requests_break_ties: bool
-
-
-def cached_tokens(overlap: Overlap, in_flight_blocks: int, ask: Ask) -> int:
-    """Tokens of the prompt that the engine should find cached.
-
-    An engine computes at least the last token, and caches by block: of a prompt that is held completely, the last
-    block is computed again.
-    """
-    usable = max(ask.prompt_tokens - 1, 0) // ask.block_size
-    return min(max(overlap.total, in_flight_blocks), usable) * ask.block_size
-
-
-def _prefill_first(rows: Sequence[Row], ask: Ask, weights: Weights) -> list[tuple[float, ...]]:
-    """`queued + (1 + k) * new + shortage`, in tokens.
-
-    `queued` is the private wait before this prompt is computed; `new` is what must be computed for it, which delays
-    everyone after it and evicts other prefixes, hence its own weight; `shortage` is by how much the pinned blocks and
-    this request exceed the cache. On public conversation and agent traces k = 2 halves the mean time to first token of
-    the `dynamo` cost at weight 1 and is within noise of a greedy oracle; the optimum is flat from 1 to 3.
-    """
-    scored: list[tuple[float, ...]] = []
-    usable = max(ask.prompt_tokens - 1, 0) // ask.block_size
-    request_blocks = -(-(ask.prompt_tokens + ask.expected_output_tokens) // ask.block_size)
-    for row in rows:
-        held = max(row.overlap.total * row.freshness, row.in_flight_blocks)
-        new = ask.prompt_tokens - min(held, usable) * ask.block_size
-        shortage = 0.0
-        if row.total_blocks and weights.track_active_blocks:
-            needed = row.active_blocks + request_blocks - row.in_flight_blocks
-            shortage = float(max(0, needed - row.total_blocks) * ask.block_size)
-        queued = float(row.queued_prefill_tokens) if weights.track_prefill_tokens else 0.0
-        scored.append((queued, (1 + weights.new_work_weight) * new, shortage))
-    return scored
-
-
-def _dynamo(rows: Sequence[Row], ask: Ask, weights: Weights) -> list[tuple[float, ...]]:
-    """`scale * max(0, raw_prefill - credit) + decode + w_r * requests`, in blocks, times the taint preference.
-
-    The formula of the Dynamo KV router's default selector: `raw_prefill` is the queue plus the whole prompt, `credit`
-    what is cached by tier (decayed on targets whose queue is long), `decode` the blocks pinned with this request.
-    """
-    scored: list[tuple[float, ...]] = []
-    size = ask.block_size
-    request_blocks = ask.prompt_tokens // size
-    shortest_queue = min((row.queued_prefill_tokens for row in rows), default=0)
-    prompt_blocks = max(1, -(-ask.prompt_tokens // size))
-    for row in rows:
-        overlap = row.overlap
-        excess = (row.queued_prefill_tokens - shortest_queue) / size
-        decay = 1 / (1 + weights.overlap_score_credit_decay * excess / prompt_blocks)
-        credit = row.freshness * (
-            weights.overlap_score_credit * decay * overlap.device
-            + weights.host_cache_hit_weight * overlap.host
-            + weights.disk_cache_hit_weight * (overlap.disk + overlap.remote)
-        )
-        raw_prefill = 0.0
-        if weights.track_prefill_tokens:
-            raw_prefill = (row.queued_prefill_tokens + ask.prompt_tokens) / size
-        decode = 0.0
-        if weights.track_active_blocks:
-            shared = row.in_flight_blocks if weights.assume_kv_reuse else 0
-            decode = float(row.active_blocks + request_blocks - shared)
-        if weights.track_prefill_tokens:
-            prefill = weights.prefill_load_scale * max(0.0, raw_prefill - credit)
-        else:
-            prefill, decode = 0.0, max(0.0, decode - credit)
-        requests = weights.decode_active_request_weight * row.active_requests
-        preference = math.exp(-math.tanh(row.taint_preference))
-        scored.append((prefill * preference, decode * preference, requests * preference))
-    return scored
-
-
-COSTS = {
-    "default": Cost(("queued_prefill", "new_prefill", "memory_shortage"), _prefill_first, True, True),
-    "dynamo": Cost(("prefill", "decode", "active_requests"), _dynamo, False, False),
-}
-"""Cost functions by the name that `--router-cost` and `router_config_override.cost` use."""
 
 
 def credit_blocks(overlap: Overlap, weights: Weights) -> float:

@@ -4,7 +4,7 @@ from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from kvrouter_grpc.core import RadixTree, hash_sequence, seed_for
+from kvrouter_grpc.core import RadixTree, TargetTable, hash_sequence, seed_for
 from kvrouter_grpc.routing.orphans import OrphanLot
 from kvrouter_grpc.routing.stream import StreamStatus
 from kvrouter_grpc.types import (
@@ -24,11 +24,14 @@ groups keep only their end, so their blocks say nothing about the prefix."""
 
 LOWER_TIERS = (Tier.HOST, Tier.DISK, Tier.REMOTE)
 
+TIER_NUMBERS = {tier: number for number, tier in enumerate(Tier)}
+
 
 @dataclass(slots=True, eq=False)
 class _CacheView:
     """What is known of one target's cache."""
 
+    row: int  # of the target table
     slots: dict[Tier, int] = field(default_factory=dict)  # tree slot of each tier seen
     stream: StreamStatus = field(default_factory=StreamStatus)
     orphans: OrphanLot = field(default_factory=OrphanLot)
@@ -45,13 +48,19 @@ class KvIndex:
         block_size: Tokens per block, or None to learn it.
         on_block_size: Called with (target, block size) when a target publishes blocks of another size. They are not
             indexed: hashes of different block sizes never match, they would only be silent zeros.
+
+    Attributes:
+        targets: The targets' rows, with where their blocks are and how far that is to be trusted, for the decision.
     """
 
     def __init__(self, block_size: int | None, on_block_size: Callable[[Target, int], None]) -> None:
-        self._tree = RadixTree(block_size) if block_size else None
+        self.targets = TargetTable()
+        self._tree: RadixTree | None = None
         self._views: dict[Target, _CacheView] = {}
         self._on_block_size = on_block_size
         self._depths: array[int] | None = None  # the answer of `match`, written in place
+        if block_size:
+            self.learn_block_size(block_size)
 
     @property
     def block_size(self) -> int:
@@ -62,18 +71,28 @@ class KvIndex:
         """Fix the block size if it is still open; False when it is another one already."""
         if self._tree is None:
             self._tree = RadixTree(block_size)
+            self.targets.attach(self._tree)
         return self._tree.block_size == block_size
 
     def add(self, target: Target) -> None:
         """Start to know `target`; nothing happens when it is known."""
-        self._views.setdefault(target, _CacheView())
+        if target not in self._views:
+            self._views[target] = _CacheView(self.targets.add(target))
 
     def remove(self, target: Target) -> None:
         """Forget `target` and everything it holds."""
         view = self._views.pop(target, None)
-        if view is not None and self._tree is not None:
-            for slot in view.slots.values():
-                self._tree.remove_slot(slot)
+        if view is not None:
+            self.targets.remove(target)
+            if self._tree is not None:
+                for slot in view.slots.values():
+                    self._tree.remove_slot(slot)
+
+    def refresh(self, target: Target) -> None:
+        """Let decisions see the present freshness of `target`; called by its subscriber after every change."""
+        view = self._views.get(target)
+        if view is not None:
+            self.targets.set_freshness(view.row, view.stream.freshness)
 
     def stream(self, target: Target) -> StreamStatus:
         """The state of the target's event stream.
@@ -193,6 +212,7 @@ class KvIndex:
         slot = view.slots.get(tier)
         if slot is None:
             slot = view.slots[tier] = tree.add_slot()
+            self.targets.set_slot(view.row, TIER_NUMBERS[tier], slot)
             self._depths = None  # too short by now
         return slot
 

@@ -8,52 +8,26 @@ ends expires.
 import heapq
 from array import array
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Self
+from typing import NamedTuple, Self
 
+from kvrouter_grpc.core import TargetTable
 from kvrouter_grpc.errors import DuplicateRequestError, UnknownReservationError
 from kvrouter_grpc.types import Decision, Target
 
 
-@dataclass(slots=True, eq=False)
-class TargetLoad:
-    """Work booked on one target."""
+class TargetLoad(NamedTuple):
+    """Work booked on one target at this moment."""
 
     active_requests: int = 0
     queued_prefill_tokens: int = 0  # uncached prompt tokens sent that have no first token yet
-    shared_blocks: dict[int, int] = field(default_factory=dict)  # sequence hash -> requests in flight that pin it
-    private_blocks: int = 0  # blocks pinned by requests that share none (`assume_kv_reuse` off)
-
-    @property
-    def active_blocks(self) -> int:
-        """Distinct blocks pinned by requests in flight; a shared prefix counts once."""
-        return len(self.shared_blocks) + self.private_blocks
-
-    def in_flight_overlap(self, seqs: "array[int]") -> int:
-        """Leading blocks of a prompt that requests in flight pin: they will be cached before it is computed.
-
-        Every request pins its prompt from the start, so what is pinned is closed under prefixes and the length is
-        found by bisection.
-        """
-        pinned = self.shared_blocks
-        if not pinned or not seqs or seqs[0] not in pinned:
-            return 0
-        low, high = 1, len(seqs)
-        while low < high:
-            middle = (low + high + 1) // 2
-            if seqs[middle - 1] in pinned:
-                low = middle
-            else:
-                high = middle - 1
-        return low
+    active_blocks: int = 0  # distinct blocks pinned by requests in flight; a shared prefix counts once
 
 
-@dataclass(frozen=True, slots=True)
-class Booking:
+class Booking(NamedTuple):
     """What a request adds to the load of its target."""
 
-    seqs: "array[int]"  # sequence hashes of the blocks it pins
+    seqs: "array[int]"  # sequence hashes of the blocks it pins, from the first of its prompt on
     prefill_tokens: int  # uncached tokens that must be computed before its first token
     share_blocks: bool = True  # blocks with equal hashes are pinned once
 
@@ -65,69 +39,41 @@ class Lease:
         request_id: Name of the request, unique in its table.
         decision: The decision that was booked.
         expires_at: Clock reading at which the lease ends by itself; infinity for the lease of a live stream.
+        released: Whether it has ended.
     """
 
-    __slots__ = ("_booking", "_load", "_prefilling", "_table", "decision", "expires_at", "request_id")
+    __slots__ = ("_booking", "_prefilling", "_table", "_ticket", "decision", "expires_at", "released", "request_id")
 
     def __init__(
-        self,
-        table: "LoadTable",
-        request_id: str,
-        decision: Decision,
-        booking: Booking,
-        load: TargetLoad,
-        expires_at: float,
+        self, table: "LoadTable", request_id: str, decision: Decision, booking: Booking, ticket: int, expires_at: float
     ) -> None:
         self.request_id = request_id
         self.decision = decision
         self.expires_at = expires_at
         self._table = table
         self._booking = booking
-        self._load: TargetLoad | None = load
+        self._ticket = ticket
         self._prefilling = True
-        load.active_requests += 1
-        load.queued_prefill_tokens += booking.prefill_tokens
-        if booking.share_blocks:
-            pinned = load.shared_blocks
-            for seq in booking.seqs:
-                pinned[seq] = pinned.get(seq, 0) + 1
-        else:
-            load.private_blocks += len(booking.seqs)
+        self.released = False
 
     @property
     def expires_in_s(self) -> float:
         """Seconds until it ends by itself."""
         return self.expires_at - self._table.clock()
 
-    @property
-    def released(self) -> bool:
-        """Whether it has ended."""
-        return self._load is None
-
     def first_token(self) -> None:
         """The prompt is computed: it no longer waits. Idempotent."""
-        if self._load is not None and self._prefilling:
+        if self._prefilling:
             self._prefilling = False
-            self._load.queued_prefill_tokens -= self._booking.prefill_tokens
+            self._table.targets.first_token(self._ticket, self._booking.prefill_tokens)
 
     def release(self) -> None:
         """Take everything back. Idempotent."""
-        load = self._load
-        if load is None:
+        if self.released:
             return
         self.first_token()
-        self._load = None
-        load.active_requests -= 1
-        if self._booking.share_blocks:
-            pinned = load.shared_blocks
-            for seq in self._booking.seqs:
-                left = pinned[seq] - 1
-                if left:
-                    pinned[seq] = left
-                else:
-                    del pinned[seq]
-        else:
-            load.private_blocks -= len(self._booking.seqs)
+        self.released = True
+        self._table.targets.release(self._ticket, self._booking.seqs, self._booking.share_blocks)
         self._table.forget(self)
 
     def __enter__(self) -> Self:
@@ -140,18 +86,19 @@ class Lease:
 
 
 class LoadTable:
-    """Loads by target and leases by request id.
+    """Leases by request id, over the rows of their targets.
 
     Args:
+        targets: The rows. What is booked on a target that is removed goes with it; its leases release into nothing.
         clock: Monotonic seconds.
         expiry_s: Life of a lease that nobody releases.
     """
 
-    def __init__(self, clock: Callable[[], float], expiry_s: float) -> None:
+    def __init__(self, targets: TargetTable, clock: Callable[[], float], expiry_s: float) -> None:
         self.expired = 0  # leases that nobody released
+        self.targets = targets
         self.clock = clock
         self._expiry_s = expiry_s
-        self._loads: dict[Target, TargetLoad] = {}
         self._leases: dict[str, Lease] = {}
         self._deadlines: list[tuple[float, int, Lease]] = []
         self._count = 0
@@ -160,17 +107,10 @@ class LoadTable:
         """Leases in force."""
         return len(self._leases)
 
-    def add(self, target: Target) -> TargetLoad:
-        """The load of `target`, made when it is new."""
-        return self._loads.setdefault(target, TargetLoad())
-
-    def remove(self, target: Target) -> None:
-        """Forget a target. Leases on it stay valid and release into nothing."""
-        self._loads.pop(target, None)
-
     def load(self, target: Target) -> TargetLoad:
-        """The load of `target`; an empty one when it is not known."""
-        return self._loads.get(target) or TargetLoad()
+        """The load of `target`; nothing when it is not known."""
+        row = self.targets.row(target)
+        return TargetLoad(*self.targets.load(row)) if row is not None else TargetLoad()
 
     def check_free(self, request_id: str) -> None:
         """Make sure that no lease has this id.
@@ -189,10 +129,15 @@ class LoadTable:
 
         Raises:
             DuplicateRequestError: The id is in use.
+            KeyError: The target is not known.
         """
         self.check_free(request_id)
         expires_at = self.clock() + (ttl_s if ttl_s is not None else self._expiry_s)
-        lease = Lease(self, request_id, decision, booking, self.add(decision.target), expires_at)
+        row = self.targets.row(decision.target)
+        if row is None:
+            raise KeyError(decision.target)
+        ticket = self.targets.book(row, *booking)
+        lease = Lease(self, request_id, decision, booking, ticket, expires_at)
         self._leases[request_id] = lease
         self._count += 1
         heapq.heappush(self._deadlines, (expires_at, self._count, lease))

@@ -1,0 +1,319 @@
+"""`Decider`: from the tokens of a prompt to the target that should have it, in one compiled pass.
+
+    hash     the prompt's blocks into sequence hashes
+    match    one walk of the index and one of the pinned blocks give every target's overlap
+    cost     of every eligible row, see cost.pxd
+    pick     see pick.pxd
+
+The buffers between these steps belong to the decider and only ever grow, so a decision allocates nothing but its answer.
+"""
+
+import os
+from array import array
+
+cimport cython
+from cpython cimport array as c_array
+from cpython.buffer cimport PyBUF_SIMPLE, PyBuffer_Release, PyObject_GetBuffer
+from libc.math cimport INFINITY, isnan
+from libc.stdint cimport INT64_MAX, int64_t, uint32_t, uint64_t
+from libc.stdlib cimport free, realloc
+from libc.string cimport memcpy, memset
+
+from kvrouter_grpc.core.block_hash cimport as_u64, chain_hashes, local_hashes, rehash_multimodal
+from kvrouter_grpc.core.cost cimport (
+    DYNAMO,
+    PREFILL_FIRST,
+    TERMS,
+    Ask,
+    Overlap,
+    Weights,
+    ask_init,
+    cached_tokens,
+    cost_terms,
+)
+from kvrouter_grpc.core.pick cimport Dice, dice_below, pick_lowest, pick_softmax
+from kvrouter_grpc.core.target cimport TIERS, Target
+from kvrouter_grpc.core.target_table cimport TargetTable
+from kvrouter_grpc.core.walk cimport Step, path_extend, tree_match, tree_path
+
+cdef c_array.array U64 = array("Q")
+
+cdef enum:
+    MOST_BLOCKS = 1 << 20  # of a prompt
+
+
+cdef enum Mode:
+    LOWEST_COST
+    IN_TURN
+    BY_CHANCE
+
+
+cdef dict MODES = {"kv": LOWEST_COST, "round-robin": IN_TURN, "random": BY_CHANCE}
+cdef dict FORMULAS = {"default": PREFILL_FIRST, "dynamo": DYNAMO}
+
+
+@cython.final
+cdef class Policy:
+    """How to choose; the full description is in `decider.pyi`."""
+
+    cdef Weights weights
+    cdef Mode mode
+    cdef double temperature
+
+    def __init__(self, weights, *, cost="default", mode="kv", double temperature=0.0):
+        if cost not in FORMULAS or mode not in MODES:
+            raise ValueError(f"cost must be one of {', '.join(FORMULAS)} and mode one of {', '.join(MODES)}")
+        self.weights.formula = FORMULAS[cost]
+        self.weights.new_work_weight = weights.new_work_weight
+        self.weights.overlap_score_credit = weights.overlap_score_credit
+        self.weights.overlap_score_credit_decay = weights.overlap_score_credit_decay
+        self.weights.prefill_load_scale = weights.prefill_load_scale
+        self.weights.decode_active_request_weight = weights.decode_active_request_weight
+        self.weights.host_cache_hit_weight = weights.host_cache_hit_weight
+        self.weights.disk_cache_hit_weight = weights.disk_cache_hit_weight
+        self.weights.track_active_blocks = weights.track_active_blocks
+        self.weights.track_prefill_tokens = weights.track_prefill_tokens
+        self.weights.assume_kv_reuse = weights.assume_kv_reuse
+        self.mode = MODES[mode]
+        self.temperature = temperature
+
+
+@cython.final
+@cython.freelist(16)
+cdef class Choice:
+    """One row as the decision saw it; the full description is in `decider.pyi`."""
+
+    cdef readonly uint32_t row
+    cdef readonly uint32_t blocks
+    cdef readonly uint32_t device
+    cdef readonly uint32_t host
+    cdef readonly uint32_t disk
+    cdef readonly uint32_t remote
+    cdef readonly uint32_t in_flight
+    cdef readonly int64_t cached_tokens
+    cdef readonly double freshness
+    cdef readonly double cost
+    cdef readonly tuple terms
+    cdef readonly list candidates
+
+
+# What a decision needs beside the decider's own buffers.
+cdef struct Question:
+    const Weights* weights
+    Ask ask
+    const uint32_t* rows
+    const double* preferences  # parallel to `rows`, or NULL
+    uint32_t count
+
+
+@cython.final
+cdef class Decider:
+    """Answers where a prompt should go; the full description is in `decider.pyi`."""
+
+    cdef readonly TargetTable table
+    cdef Dice dice
+    cdef uint64_t* seqs
+    cdef size_t seqs_capacity
+    cdef size_t blocks  # of the last prompt
+    cdef uint32_t* held  # of the last prompt, by slot of the index
+    cdef size_t held_capacity
+    cdef uint32_t slots  # entries of `held` that are filled
+    cdef uint32_t* in_flight  # the same by row
+    cdef size_t in_flight_capacity
+    cdef Step* steps  # its path, while somebody has lower tiers
+    cdef size_t steps_capacity
+    cdef size_t path
+    cdef double* costs  # of the rows asked
+    cdef size_t costs_capacity
+    cdef uint32_t* requests  # active on them
+    cdef size_t requests_capacity
+
+    def __cinit__(self, TargetTable table not None, seed=None):
+        self.table = table
+        self.dice.state = int.from_bytes(os.urandom(8), "little") if seed is None else as_u64("seed", seed)
+
+    def __dealloc__(self):
+        free(self.seqs)
+        free(self.held)
+        free(self.in_flight)
+        free(self.steps)
+        free(self.costs)
+        free(self.requests)
+
+    def decide(
+        self,
+        tokens not None,
+        seed,
+        mm_hashes,
+        Policy policy not None,
+        c_array.array rows not None,
+        c_array.array preferences,
+        output_tokens,
+        uint64_t turn,
+        bint explain,
+    ):
+        """The row that should have the prompt."""
+        cdef Question question
+        cdef uint32_t chosen
+        cdef Choice choice
+        cdef uint32_t i
+        question.weights = &policy.weights
+        question.count = <uint32_t>len(rows)
+        question.rows = rows.data.as_uints
+        question.preferences = NULL
+        if rows.typecode != "I" or question.count == 0:
+            raise ValueError("rows must be an array('I') of at least one row")
+        if preferences is not None:
+            if preferences.typecode != "d" or <uint32_t>len(preferences) != question.count:
+                raise ValueError("preferences must be an array('d') as long as rows")
+            question.preferences = preferences.data.as_doubles
+        for i in range(question.count):
+            if question.rows[i] >= self.table.capacity or self.table.rows[question.rows[i]].birth == 0:
+                raise KeyError(f"row {question.rows[i]} is not in use")
+        self._read(tokens, seed, mm_hashes, output_tokens, &question.ask)
+        self._match()
+        if policy.weights.overlap_score_credit_decay != 0:
+            question.ask.shortest_queue = self._shortest_queue(&question)
+        if policy.mode == IN_TURN:
+            chosen = <uint32_t>(turn % question.count)
+        elif policy.mode == BY_CHANCE:
+            chosen = dice_below(&self.dice, question.count)
+        else:
+            chosen = self._pick(&question, policy.temperature)
+        choice = self._choice(&question, chosen, explain)
+        if explain:
+            choice.candidates = [self._choice(&question, i, True) for i in range(question.count)]
+        return choice
+
+    def sequence(self):
+        """A copy of the sequence hashes of the last prompt."""
+        cdef c_array.array seqs = c_array.clone(U64, <Py_ssize_t>self.blocks, False)
+        memcpy(seqs.data.as_ulonglongs, self.seqs, self.blocks * sizeof(uint64_t))
+        return seqs
+
+    # --- the prompt ------------------------------------------------------------------------------------------------
+
+    cdef int _read(self, object tokens, object seed, object mm_hashes, object output_tokens, Ask* ask) except -1:
+        # Hashes the prompt and fills `ask`.
+        cdef Py_buffer view
+        cdef uint64_t start = as_u64("seed", seed)
+        cdef size_t size = self.table.index.block_size if self.table.index is not None else 0
+        cdef size_t blocks
+        PyObject_GetBuffer(tokens, &view, PyBUF_SIMPLE)
+        try:
+            if not isinstance(output_tokens, int) or not 0 <= output_tokens < 1 << 40:
+                raise ValueError(f"output_tokens must be an integer in 0..2**40-1, not {output_tokens!r}")
+            if view.itemsize != sizeof(uint32_t):
+                raise ValueError(f"tokens: items of {view.itemsize} bytes, not u32")
+            ask_init(ask, view.len // <Py_ssize_t>sizeof(uint32_t), output_tokens, <int64_t>size if size else 1)
+            blocks = <size_t>ask.full_blocks if size else 0
+            if blocks > MOST_BLOCKS:
+                raise ValueError(f"tokens: {blocks} blocks in one prompt, the most is {MOST_BLOCKS}")
+            self.blocks = 0  # until they are all there
+            _room(<void**>&self.seqs, &self.seqs_capacity, blocks, sizeof(uint64_t))
+            local_hashes(view.buf, blocks, size, start, self.seqs)
+            if mm_hashes:
+                rehash_multimodal(view.buf, blocks, size, start, mm_hashes, self.seqs)
+            chain_hashes(self.seqs, blocks, NULL)
+            self.blocks = blocks
+        finally:
+            PyBuffer_Release(&view)
+        return 0
+
+    cdef int _match(self) except -1:
+        # Finds what every slot and every row has of the prompt.
+        cdef TargetTable table = self.table
+        self.slots = 0
+        self.path = 0
+        _room(<void**>&self.in_flight, &self.in_flight_capacity, table.pins.tree.slot_count, sizeof(uint32_t))
+        tree_match(&table.pins.tree, self.seqs, self.blocks, self.in_flight)
+        if table.index is None:
+            return 0
+        _room(<void**>&self.held, &self.held_capacity, table.index.tree.slot_count, sizeof(uint32_t))
+        tree_match(&table.index.tree, self.seqs, self.blocks, self.held)
+        self.slots = table.index.tree.slot_count
+        if table.with_lower_tiers != 0:
+            _room(<void**>&self.steps, &self.steps_capacity, self.blocks, sizeof(Step))
+            self.path = tree_path(&table.index.tree, self.seqs, self.blocks, self.steps)
+        return 0
+
+    cdef void _overlap(self, uint32_t row, Overlap* overlap) noexcept nogil:
+        cdef const Target* target = &self.table.rows[row]
+        cdef size_t depth
+        cdef uint32_t tier
+        memset(overlap, 0, sizeof(Overlap))
+        overlap.in_flight = self.in_flight[row]
+        if target.slots[0] < self.slots:
+            overlap.tiers[0] = self.held[target.slots[0]]
+        if target.lower_tiers != 0:
+            depth = overlap.tiers[0]
+            for tier in range(1, <uint32_t>TIERS):
+                if target.slots[tier] < self.slots:
+                    overlap.tiers[tier] = <uint32_t>path_extend(self.steps, self.path, target.slots[tier], depth)
+                    depth += overlap.tiers[tier]
+
+    # --- the choice --------------------------------------------------------------------------------------------------
+
+    cdef int64_t _shortest_queue(self, const Question* question) noexcept nogil:
+        cdef int64_t shortest = INT64_MAX
+        cdef uint32_t i
+        for i in range(question.count):
+            shortest = min(shortest, self.table.rows[question.rows[i]].queued_prefill_tokens)
+        return shortest
+
+    cdef double _cost(self, const Question* question, uint32_t i, Overlap* overlap, double* terms) noexcept nogil:
+        cdef double preference = question.preferences[i] if question.preferences != NULL else 0
+        cdef double cost
+        self._overlap(question.rows[i], overlap)
+        cost_terms(
+            &self.table.rows[question.rows[i]], overlap, &question.ask, question.weights, preference, terms
+        )
+        cost = terms[0] + terms[1] + terms[2]
+        # What is no number is worse than any number, and compares with others.
+        return INFINITY if isnan(cost) else cost
+
+    cdef uint32_t _pick(self, const Question* question, double temperature) except? 0xFFFFFFFF:
+        cdef Overlap overlap
+        cdef double terms[TERMS]
+        cdef bint fewest = question.weights.formula == PREFILL_FIRST
+        cdef uint32_t i
+        _room(<void**>&self.costs, &self.costs_capacity, question.count, sizeof(double))
+        _room(<void**>&self.requests, &self.requests_capacity, question.count, sizeof(uint32_t))
+        for i in range(question.count):
+            self.costs[i] = self._cost(question, i, &overlap, terms)
+            self.requests[i] = self.table.rows[question.rows[i]].active_requests
+        if temperature > 0:
+            return pick_softmax(self.costs, question.count, temperature, &self.dice)
+        return pick_lowest(self.costs, self.requests if fewest else NULL, question.count, &self.dice)
+
+    cdef Choice _choice(self, const Question* question, uint32_t i, bint with_terms):
+        cdef Choice choice = Choice.__new__(Choice)
+        cdef Overlap overlap
+        cdef double terms[TERMS]
+        choice.cost = self._cost(question, i, &overlap, terms)
+        choice.row = question.rows[i]
+        choice.blocks = <uint32_t>self.blocks
+        choice.device = overlap.tiers[0]
+        choice.host = overlap.tiers[1]
+        choice.disk = overlap.tiers[2]
+        choice.remote = overlap.tiers[3]
+        choice.in_flight = overlap.in_flight
+        choice.cached_tokens = cached_tokens(&overlap, question.weights.formula == PREFILL_FIRST, &question.ask)
+        choice.freshness = self.table.rows[choice.row].freshness
+        if with_terms:
+            choice.terms = (terms[0], terms[1], terms[2])
+        return choice
+
+
+cdef int _room(void** buffer, size_t* capacity, size_t count, size_t size) except -1:
+    # Makes room for `count` items of `size` bytes; what was in it is kept.
+    cdef void* grown
+    if count <= capacity[0]:
+        return 0
+    count += count >> 1
+    grown = realloc(buffer[0], count * size)
+    if grown == NULL:
+        raise MemoryError
+    buffer[0] = grown
+    capacity[0] = count
+    return 0

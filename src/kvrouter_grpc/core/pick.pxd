@@ -1,0 +1,91 @@
+"""Choosing among costs, and the generator of the random choices.
+
+The generator is SplitMix64 (Steele, Lea, Flood: Fast Splittable Pseudorandom Number Generators, OOPSLA 2014): one word
+of state, any seed is good, and a run with the same seed repeats its choices.
+"""
+
+from libc.math cimport INFINITY, exp
+from libc.stdint cimport uint32_t, uint64_t
+
+
+cdef struct Dice:
+    uint64_t state
+
+
+cdef inline uint64_t dice_next(Dice* dice) noexcept nogil:
+    cdef uint64_t mixed
+    dice.state += <uint64_t>0x9E3779B97F4A7C15
+    mixed = dice.state
+    mixed = (mixed ^ (mixed >> 30)) * <uint64_t>0xBF58476D1CE4E5B9
+    mixed = (mixed ^ (mixed >> 27)) * <uint64_t>0x94D049BB133111EB
+    return mixed ^ (mixed >> 31)
+
+
+cdef inline uint32_t dice_below(Dice* dice, uint32_t end) noexcept nogil:
+    """A number in 0..end-1, uniform but for a bias of end / 2**32."""
+    return <uint32_t>(((dice_next(dice) >> 32) * end) >> 32)
+
+
+cdef inline double dice_unit(Dice* dice) noexcept nogil:
+    """A number in [0, 1) with 53 random bits."""
+    return <double>(dice_next(dice) >> 11) * (1.0 / 9007199254740992.0)
+
+
+cdef inline uint32_t pick_lowest(
+    const double* costs, const uint32_t* requests, uint32_t count, Dice* dice
+) noexcept nogil:
+    """Index of the lowest cost; ties go to the fewest `requests` (NULL: not asked), then uniformly at random."""
+    cdef uint32_t best = 0
+    cdef uint32_t tied = 1
+    cdef uint32_t i
+    for i in range(1, count):
+        if costs[i] > costs[best]:
+            continue
+        if costs[i] < costs[best] or (requests != NULL and requests[i] < requests[best]):
+            best = i
+            tied = 1
+        elif requests == NULL or requests[i] == requests[best]:
+            tied += 1
+    if tied == 1:
+        return best
+    tied = dice_below(dice, tied)
+    for i in range(best, count):
+        if costs[i] == costs[best] and (requests == NULL or requests[i] == requests[best]):
+            if tied == 0:
+                return i
+            tied -= 1
+    return best
+
+
+cdef inline uint32_t pick_softmax(double* costs, uint32_t count, double temperature, Dice* dice) noexcept nogil:
+    """Index drawn with `p ~ exp(-(cost - min) / ((max - min) * temperature))`; uniform when all are equal.
+
+    The contract's min-max normalised softmax: the temperature means the same whatever the costs' unit. What costs
+    infinity is not drawn while anything else can be. `costs` is overwritten.
+    """
+    cdef double low = INFINITY
+    cdef double high = -INFINITY
+    cdef double total = 0
+    cdef uint32_t last = 0
+    cdef uint32_t i
+    for i in range(count):
+        if costs[i] < low:
+            low = costs[i]
+        if costs[i] > high and costs[i] < INFINITY:
+            high = costs[i]
+    for i in range(count):
+        if costs[i] == low:
+            costs[i] = 1
+        elif costs[i] < INFINITY:
+            costs[i] = exp(-(costs[i] - low) / ((high - low) * temperature))
+        else:
+            costs[i] = 0
+        total += costs[i]
+    total *= dice_unit(dice)
+    for i in range(count):
+        if costs[i] > 0:
+            last = i
+            total -= costs[i]
+            if total < 0:
+                break
+    return last

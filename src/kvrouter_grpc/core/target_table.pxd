@@ -1,0 +1,20 @@
+"""For the decider: the rows of a `TargetTable` and the trees they refer to."""
+
+from libc.stdint cimport uint32_t, uint64_t
+
+from kvrouter_grpc.core.radix_tree cimport RadixTree
+from kvrouter_grpc.core.target cimport Target
+
+
+cdef class TargetTable:
+    cdef Target* rows
+    cdef uint32_t capacity  # of rows; those in use are the slots in use of `pins`
+    cdef uint64_t births
+    cdef uint64_t bookings  # in force
+    cdef uint32_t with_lower_tiers  # rows that need more than one match
+    cdef dict found  # target -> row
+    cdef readonly uint64_t version
+    cdef readonly RadixTree index
+    cdef RadixTree pins
+    cdef Target* _row(self, row) except NULL
+    cdef Target* _booked(self, uint64_t ticket, uint32_t* row) noexcept

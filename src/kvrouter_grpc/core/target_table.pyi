@@ -1,0 +1,86 @@
+from collections.abc import Hashable
+
+from typing_extensions import Buffer
+
+from kvrouter_grpc.core.radix_tree import RadixTree
+
+class TargetTable:
+    """What every target holds and is busy with, a row each. `Decider` reads it.
+
+    Everything booked is taken back with the ticket that `book` gave; a ticket whose target was removed, even if another
+    one has the row by now, takes nothing.
+    """
+
+    version: int
+    """Changes when a row is added or removed."""
+    index: RadixTree | None
+    """The tree whose slots the rows name; None until `attach`."""
+
+    def add(self, target: Hashable) -> int:
+        """The row of a target, made when it is new: nothing held, nothing booked, freshness 0.
+
+        Raises:
+            ValueError: There are 2**20 targets already.
+        """
+
+    def remove(self, target: Hashable) -> None:
+        """Forgets a target and all that is booked on it; nothing happens when it is not known."""
+
+    def row(self, target: Hashable) -> int | None:
+        """The row of a target, None when it is not known."""
+
+    def __len__(self) -> int:
+        """Targets."""
+
+    def attach(self, index: RadixTree) -> None:
+        """Sets the index. Raises ValueError when there is one already."""
+
+    def set_slot(self, row: int, tier: int, slot: int) -> None:
+        """Where the index keeps the target's blocks.
+
+        Args:
+            row: The target.
+            tier: 0 device, 1 host, 2 disk, 3 remote.
+            slot: Of the index.
+
+        Raises:
+            ValueError: No such tier, or there is no index yet.
+            KeyError: The row or the slot is not in use.
+        """
+
+    def set_freshness(self, row: int, freshness: float) -> None:
+        """How far the index is to be trusted about the target, 0..1."""
+
+    def set_total_blocks(self, row: int, blocks: int) -> None:
+        """Blocks that the target's device cache has room for; 0 when not known."""
+
+    def load(self, row: int) -> tuple[int, int, int]:
+        """(requests in flight, prompt tokens that wait for a first token, distinct blocks pinned)."""
+
+    def pinned(self, row: int, seqs: Buffer) -> int:
+        """Leading blocks of a prompt (its sequence hashes, u64) that requests in flight on the target pin."""
+
+    def book(self, row: int, seqs: Buffer, prefill_tokens: int, share: bool) -> int:
+        """Adds a request to the load of a target.
+
+        Args:
+            row: The target.
+            seqs: Sequence hashes (u64) of the blocks it pins, from the first block of its prompt on.
+            prefill_tokens: Tokens that it must compute before the first one comes.
+            share: Whether blocks that others pin are the same blocks; else they are its own.
+
+        Returns:
+            The ticket to take it back with.
+
+        Raises:
+            MemoryError: There is none; of the booking, at most some blocks at the front stay pinned.
+        """
+
+    def first_token(self, ticket: int, prefill_tokens: int) -> None:
+        """Takes back the tokens that waited; at most once per ticket, with the number that was booked."""
+
+    def release(self, ticket: int, seqs: Buffer, share: bool) -> None:
+        """Takes back the request and its blocks; once per ticket, with the arguments that were booked."""
+
+    def stats(self) -> dict[str, int]:
+        """`rows` in use, `bookings` in force, `pinned_blocks` (shared ones, over all rows) and `bytes`."""

@@ -1,0 +1,200 @@
+"""`TargetTable`: what every target holds and is busy with, in rows that a decision reads without Python objects.
+
+Blocks of requests in flight are kept in a radix tree of their own, one slot per row: what is pinned is counted once
+however many requests share it, one walk tells for all targets how much of a prompt is on its way to them, and the
+index counts nothing but what engines hold.
+"""
+
+cimport cython
+from libc.stdint cimport UINT32_MAX, int64_t, uint32_t, uint64_t
+from libc.stdlib cimport free, realloc
+from libc.string cimport memset
+
+from kvrouter_grpc.core.radix_tree cimport RadixTree
+from kvrouter_grpc.core.slot cimport slot_remove, slot_store
+from kvrouter_grpc.core.target cimport NO_SLOT, TIERS, Target, active_blocks
+from kvrouter_grpc.core.walk cimport tree_extend
+
+cdef enum:
+    ROW_BITS = 20  # of a ticket; the rest tells which of the row's targets, one after the other, was booked
+    MOST_ROWS = 1 << 20
+    MOST_BLOCKS = 1 << 20  # of one booking
+
+
+@cython.final
+cdef class TargetTable:
+    """Rows of targets and what is booked on them; the full description is in `target_table.pyi`."""
+
+    def __cinit__(self):
+        self.found = {}
+        self.pins = RadixTree(1)  # is given sequence hashes, so its block size does not matter
+
+    def __dealloc__(self):
+        free(self.rows)
+
+    # --- rows ----------------------------------------------------------------------------------------------------
+
+    def add(self, target):
+        """The row of a target, made when it is new."""
+        cdef uint32_t row
+        cdef uint32_t tier
+        cdef uint32_t capacity
+        cdef Target* rows
+        if target in self.found:
+            return self.found[target]
+        if len(self.found) == MOST_ROWS:
+            raise ValueError(f"more than {MOST_ROWS} targets")
+        row = self.pins.add_slot()
+        if row >= self.capacity:
+            capacity = self.capacity * 2 + 8
+            rows = <Target*>realloc(self.rows, capacity * sizeof(Target))
+            if rows == NULL:
+                self.pins.remove_slot(row)
+                raise MemoryError
+            memset(rows + self.capacity, 0, (capacity - self.capacity) * sizeof(Target))
+            self.rows = rows
+            self.capacity = capacity
+        self.births += 1
+        memset(&self.rows[row], 0, sizeof(Target))
+        for tier in range(<uint32_t>TIERS):
+            self.rows[row].slots[tier] = NO_SLOT
+        self.rows[row].birth = self.births
+        self.found[target] = row
+        self.version += 1
+        return row
+
+    def remove(self, target):
+        """Forgets a target; its tickets are void."""
+        cdef uint32_t row
+        if target not in self.found:
+            return
+        row = self.found.pop(target)
+        self.bookings -= self.rows[row].active_requests
+        self.with_lower_tiers -= self.rows[row].lower_tiers != 0
+        self.rows[row].birth = 0
+        self.pins.remove_slot(row)
+        self.version += 1
+        if not self.found:
+            free(self.rows)
+            self.rows = NULL
+            self.capacity = 0
+
+    def row(self, target):
+        """The row of a target, or None."""
+        return self.found.get(target)
+
+    def __len__(self):
+        return len(self.found)
+
+    cdef Target* _row(self, row) except NULL:
+        if not isinstance(row, int) or not 0 <= row < self.capacity or self.rows[<uint32_t>row].birth == 0:
+            raise KeyError(f"row {row!r} is not in use")
+        return &self.rows[<uint32_t>row]
+
+    # --- what a target holds ---------------------------------------------------------------------------------------
+
+    def attach(self, RadixTree index not None):
+        """Sets the index, once: the tree whose slots the rows name."""
+        if self.index is not None:
+            raise ValueError("the table has an index already")
+        self.index = index
+
+    def set_slot(self, row, tier, slot):
+        """Where the index keeps the target's blocks of a tier."""
+        cdef Target* target = self._row(row)
+        cdef uint32_t known
+        if not isinstance(tier, int) or not 0 <= tier < TIERS:
+            raise ValueError(f"tier must be an integer in 0..{TIERS - 1}, not {tier!r}")
+        if self.index is None:
+            raise ValueError("the table has no index yet")
+        known = self.index._slot(slot)
+        if tier > 0 and target.slots[<uint32_t>tier] == NO_SLOT:
+            self.with_lower_tiers += target.lower_tiers == 0
+            target.lower_tiers += 1
+        target.slots[<uint32_t>tier] = known
+
+    def set_freshness(self, row, double freshness):
+        """How far the index is to be trusted about the target."""
+        if not 0 <= freshness <= 1:
+            raise ValueError(f"freshness must be in 0..1, not {freshness}")
+        self._row(row).freshness = freshness
+
+    def set_total_blocks(self, row, blocks):
+        """The capacity of the target's cache; 0: not known."""
+        self._row(row).total_blocks = min(max(blocks, 0), UINT32_MAX)
+
+    # --- what it is busy with --------------------------------------------------------------------------------------
+
+    def load(self, row):
+        """(active requests, queued prefill tokens, active blocks)."""
+        cdef Target* target = self._row(row)
+        return target.active_requests, target.queued_prefill_tokens, active_blocks(target)
+
+    def pinned(self, row, const uint64_t[::1] seqs not None):
+        """Leading blocks of a prompt that requests in flight pin."""
+        cdef size_t count = <size_t>seqs.shape[0]
+        self._row(row)
+        return tree_extend(&self.pins.tree, row, &seqs[0], count, 0) if count else 0
+
+    def book(self, row, const uint64_t[::1] seqs not None, prefill_tokens, share):
+        """Adds a request to the load of a target; the ticket to take it back with."""
+        cdef Target* target = self._row(row)
+        cdef uint32_t index = row
+        cdef size_t count = <size_t>seqs.shape[0]
+        cdef int64_t tokens = prefill_tokens
+        if tokens < 0 or count > MOST_BLOCKS:
+            raise ValueError(f"a request of {tokens} tokens to prefill and {count} blocks")
+        if not share:
+            target.private_blocks += count
+        elif count:
+            # Without memory some of the front stays pinned: too much load until the target goes, never too little.
+            if slot_store(&self.pins.tree, index, NULL, 0, 0, &seqs[0], &seqs[0], count):
+                raise MemoryError
+            target.pinned_blocks = self.pins.tree.slots[index].names.count
+        target.active_requests += 1
+        target.queued_prefill_tokens += tokens
+        self.bookings += 1
+        return target.birth << ROW_BITS | index
+
+    cdef Target* _booked(self, uint64_t ticket, uint32_t* row) noexcept:
+        # The target that a ticket was given for, or NULL when that is gone.
+        row[0] = <uint32_t>(ticket & (MOST_ROWS - 1))
+        if row[0] >= self.capacity or ticket >> ROW_BITS == 0 or self.rows[row[0]].birth != ticket >> ROW_BITS:
+            return NULL
+        return &self.rows[row[0]]
+
+    def first_token(self, uint64_t ticket, int64_t prefill_tokens):
+        """Takes back what waited for its first token."""
+        cdef uint32_t row = 0
+        cdef Target* target = self._booked(ticket, &row)
+        if target != NULL:
+            target.queued_prefill_tokens -= prefill_tokens
+
+    def release(self, uint64_t ticket, const uint64_t[::1] seqs not None, share):
+        """Takes back the rest of a booking."""
+        cdef uint32_t row = 0
+        cdef Target* target = self._booked(ticket, &row)
+        cdef size_t count = <size_t>seqs.shape[0]
+        if target == NULL:
+            return
+        target.active_requests -= 1
+        self.bookings -= 1
+        if not share:
+            target.private_blocks -= count
+        elif count:
+            # From the end, so no gap ever needs memory: this cannot fail.
+            slot_remove(&self.pins.tree, row, &seqs[0], count, True)
+            target.pinned_blocks = self.pins.tree.slots[row].names.count
+
+    def stats(self):
+        """Sizes."""
+        cdef uint64_t pinned = 0
+        cdef uint32_t row
+        for row in self.found.values():
+            pinned += self.rows[row].pinned_blocks
+        return {
+            "rows": len(self.found),
+            "bookings": self.bookings,
+            "pinned_blocks": pinned,
+            "bytes": self.capacity * sizeof(Target) + self.pins.tree.meter.used,
+        }

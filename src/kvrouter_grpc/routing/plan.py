@@ -1,0 +1,60 @@
+"""How an endpoint chooses: its configuration, as one request may change it."""
+
+from dataclasses import dataclass, replace
+from typing import Self
+
+from kvrouter_grpc.config import RouterConfig
+from kvrouter_grpc.core import Policy
+from kvrouter_grpc.routing.cost import COSTS, Weights
+from kvrouter_grpc.types import RouterOverride
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Weights, cost, mode and temperature, and the same as the compiled core takes it."""
+
+    weights: Weights
+    cost: str
+    mode: str
+    temperature: float
+    policy: Policy
+
+    @classmethod
+    def make(cls, weights: Weights, cost: str, mode: str, temperature: float) -> Self:
+        """Compile a plan."""
+        policy = Policy(weights, cost=cost, mode=mode, temperature=temperature)
+        return cls(weights, cost, mode, temperature, policy)
+
+    @classmethod
+    def of(cls, config: RouterConfig) -> Self:
+        """The plan of requests that change nothing."""
+        weights = Weights(
+            new_work_weight=config.new_work_weight,
+            overlap_score_credit=config.kv_overlap_score_credit,
+            overlap_score_credit_decay=config.kv_overlap_score_credit_decay,
+            prefill_load_scale=config.prefill_load_scale,
+            decode_active_request_weight=config.decode_active_request_weight,
+            host_cache_hit_weight=config.host_cache_hit_weight,
+            disk_cache_hit_weight=config.disk_cache_hit_weight,
+            track_active_blocks=config.track_active_blocks,
+            track_prefill_tokens=config.track_prefill_tokens,
+            assume_kv_reuse=config.assume_kv_reuse,
+        )
+        return cls.make(weights, config.cost, config.mode, config.temperature)
+
+    @property
+    def terms(self) -> tuple[str, ...]:
+        """Names of the terms of the cost."""
+        return COSTS[self.cost]
+
+    def changed(self, override: RouterOverride | None) -> "Plan":
+        """This plan as a request changes it."""
+        if override is None:
+            return self
+        weights = {
+            field: value
+            for field in ("overlap_score_credit", "prefill_load_scale", "assume_kv_reuse", "track_prefill_tokens")
+            if (value := getattr(override, field)) is not None
+        }
+        temperature = override.temperature if override.temperature is not None else self.temperature
+        return Plan.make(replace(self.weights, **weights), override.cost or self.cost, self.mode, temperature)

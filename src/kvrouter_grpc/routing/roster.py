@@ -1,0 +1,157 @@
+"""The targets of an endpoint by row, and which of them may take a request."""
+
+from array import array
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+from kvrouter_grpc.core import TargetTable
+from kvrouter_grpc.errors import UnknownModelError
+from kvrouter_grpc.routing import candidates
+from kvrouter_grpc.routing.workers import Worker, WorkerRegistry
+from kvrouter_grpc.types import Role, RoutingHints, Target
+
+_K = TypeVar("_K")
+_V = TypeVar("_V")
+
+MOST_NAMES = 256
+"""Models whose answers are kept at a time: names come from requests."""
+
+NO_ROW = "starting: its ranks are not set up yet"
+
+
+@dataclass(slots=True)
+class _Picture:
+    """What was worked out of one state of the registry and the table."""
+
+    versions: tuple[int, int]
+    workers: list[Worker]  # by name
+    seats: dict[int, tuple[Worker, Target]]  # by row
+    role: Role
+    loras: frozenset[str]  # adapters that somebody serves
+    eligible: dict[str, "array[int]"] = field(default_factory=dict)  # by model
+    models: dict[tuple[str, str], str] = field(default_factory=dict)
+
+
+class Roster:
+    """Answers who may take a request from what it worked out once per change of the workers.
+
+    Args:
+        workers: Of the endpoint.
+        table: The rows of their targets; a target without a row is not picked.
+    """
+
+    def __init__(self, workers: WorkerRegistry, table: TargetTable) -> None:
+        self._workers = workers
+        self._table = table
+        self._last = self._draw()
+
+    @property
+    def workers(self) -> list[Worker]:
+        """All workers, by name."""
+        return self._picture().workers
+
+    @property
+    def role(self) -> Role:
+        """What the workers are for; `BOTH` unless all of them agree on something else."""
+        return self._picture().role
+
+    def is_lora(self, model: str) -> bool:
+        """Whether somebody serves `model` as an adapter."""
+        return model in self._picture().loras
+
+    def seat(self, row: int) -> tuple[Worker, Target]:
+        """Whose row it is. Raises KeyError when nobody's."""
+        return self._picture().seats[row]
+
+    def eligible(self, model: str, hints: RoutingHints, tried: Collection[Target]) -> "array[int]":
+        """Rows of the targets that may take the request, by name and rank; see `candidates.why_not`.
+
+        Raises:
+            RouterError: The pin or the model cannot be served by anybody, whatever its state.
+        """
+        candidates.check_pin(self._workers, hints)
+        picture = self._picture()
+        rows = picture.eligible.get(model)
+        if rows is None:
+            candidates.check_model(picture.workers, model)
+            rows = self._pick_out(picture.workers, model, RoutingHints(), ())
+            _keep(picture.eligible, model, rows)
+        if hints.worker_id is not None or hints.allowed_worker_ids is not None or hints.required_taints or tried:
+            pinned = self._workers.get(hints.worker_id) if hints.worker_id is not None else None
+            rows = self._pick_out([pinned] if pinned else picture.workers, model, hints, tried)
+        return rows
+
+    def drops(
+        self, model: str, hints: RoutingHints, tried: Collection[Target]
+    ) -> Iterator[tuple[Worker, Target, str]]:
+        """The targets that may not take it, each with the reason."""
+        for worker in self._picture().workers:
+            for target in worker.targets:
+                reason = candidates.why_not(worker, target, model, hints, tried)
+                if not reason and self._table.row(target) is None:
+                    reason = NO_ROW
+                if reason:
+                    yield worker, target, reason
+
+    def model_for(self, model: str, lora_name: str) -> str:
+        """The name under which the engine knows what is asked for.
+
+        Raises:
+            UnknownModelError: Neither is given and the workers serve several base models, or none serves the name.
+        """
+        picture = self._picture()
+        name = picture.models.get((model, lora_name))
+        if name is None:
+            name = _model_for(picture.workers, lora_name or model)
+            _keep(picture.models, (model, lora_name), name)
+        return name
+
+    def _pick_out(
+        self, workers: list[Worker], model: str, hints: RoutingHints, tried: Collection[Target]
+    ) -> "array[int]":
+        rows = array("I")
+        for worker in workers:
+            for target in worker.targets:
+                if not candidates.why_not(worker, target, model, hints, tried):
+                    row = self._table.row(target)
+                    if row is not None:
+                        rows.append(row)
+        return rows
+
+    def _picture(self) -> _Picture:
+        if self._last.versions != (self._workers.version, self._table.version):
+            self._last = self._draw()
+        return self._last
+
+    def _draw(self) -> _Picture:
+        versions = self._workers.version, self._table.version
+        workers = self._workers.workers()
+        seats = {}
+        for worker in workers:
+            for target in worker.targets:
+                row = self._table.row(target)
+                if row is not None:
+                    seats[row] = worker, target
+                    self._table.set_total_blocks(row, worker.spec.total_kv_blocks or 0)
+        roles = {worker.spec.role for worker in workers}
+        role = roles.pop() if len(roles) == 1 else Role.BOTH
+        loras = frozenset(lora for worker in workers if worker.facts for lora in worker.facts.loras)
+        return _Picture(versions, workers, seats, role, loras)
+
+
+def _model_for(workers: list[Worker], wanted: str) -> str:
+    if wanted:
+        candidates.check_model(workers, wanted)
+        return wanted
+    bases = {worker.facts.models[0] for worker in workers if worker.facts and worker.facts.models}
+    bases |= {worker.spec.models[0] for worker in workers if worker.facts is None and worker.spec.models}
+    if len(bases) > 1:
+        raise UnknownModelError(f"model: the endpoint serves {', '.join(sorted(bases))}; name one")
+    return bases.pop() if bases else ""
+
+
+def _keep(kept: dict[_K, _V], key: _K, value: _V) -> None:
+    if len(kept) >= MOST_NAMES:
+        kept.clear()
+    kept[key] = value
