@@ -33,6 +33,9 @@ class Pair:
     def store_path(self, slot, seqs, seed):
         return self._both("store_path", slot, array("Q", seqs), seed)
 
+    def remove_path(self, slot, seqs):
+        return self._both("remove_path", slot, array("Q", seqs))
+
     def store_known(self, slot, from_slot, names):
         return self._both("store_known", slot, from_slot, array("Q", names))
 

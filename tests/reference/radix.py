@@ -105,6 +105,10 @@ class ReferenceTree:
         for depth, seq in enumerate(seqs):
             self._name(self.slots[slot], seq, Block(seq, depth, seed))
 
+    def remove_path(self, slot, seqs):
+        for seq in reversed(seqs):
+            self._take(self.slots[slot], seq)
+
     def store_known(self, slot, from_slot, engine_hashes):
         known = 0
         for name in engine_hashes:
@@ -126,19 +130,19 @@ class ReferenceTree:
         slot.names[name] = block, 1
 
     def remove(self, slot, engine_hashes):
-        slot = self.slots[slot]
-        unknown = 0
-        for name in engine_hashes:
-            block, references = slot.names.get(name, (None, 0))
-            if references > 1:
-                slot.names[name] = block, references - 1
-            elif references == 1:
-                del slot.names[name]
-                slot.lose(block)
-            else:
-                unknown += 1
+        unknown = sum(not self._take(self.slots[slot], name) for name in engine_hashes)
         self.unknown_removes += unknown
         return unknown
+
+    def _take(self, slot, name):
+        """Takes one reference; whether there was one."""
+        block, references = slot.names.get(name, (None, 0))
+        if references > 1:
+            slot.names[name] = block, references - 1
+        elif references == 1:
+            del slot.names[name]
+            slot.lose(block)
+        return references > 0
 
     def holds(self, slot, engine_hash):
         return engine_hash in self.slots[slot].names

@@ -108,7 +108,10 @@ class Driver:
             self.pair.store_known(slot, other, names)
             self.names[slot] += names
         elif dice < 0.97:
-            self.pair.store_path(slot, self.pair.seqs(self.prompt(), 1337), 1337)
+            path = self.pair.seqs(self.prompt(), 1337)
+            self.pair.store_path(slot, path, 1337)
+            if rng.random() < 0.5:
+                self.pair.remove_path(slot, path)
         elif dice < 0.999:
             if self.pair.tree.blocks(slot) > self.most_names:
                 self.evict(slot, rng.choice([lambda n: n - 1, lambda _: 0, rng.randrange]))

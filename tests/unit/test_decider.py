@@ -152,7 +152,7 @@ def test_terms_overlaps_and_choice_are_those_of_the_reference(made, length, cost
         choice = field.decide(weights, cost=cost, temperature=temperature, output=output, explain=True)
         for seen, row, expected, number in zip(choice.candidates, rows, terms, field.rows, strict=True):
             assert (seen.row, seen.blocks, seen.freshness) == (number, length // SIZE, row.freshness)
-            assert Overlap(seen.device, seen.host, seen.disk, seen.remote) == row.overlap
+            assert seen.tiers == row.overlap
             assert seen.in_flight == row.in_flight_blocks
             assert seen.terms == pytest.approx(expected, rel=1e-12)
             assert seen.cost == sum(seen.terms)
@@ -246,7 +246,7 @@ def test_without_an_index_load_alone_decides():
     rows = array("I", [table.add("a"), table.add("b")])
     table.book(rows[0], NO_BLOCKS, 5, True)
     choice = Decider(table).decide(array("I", range(100)), SEED, None, Policy(Weights()), rows, None, 0, 0, True)
-    assert (choice.row, choice.blocks, choice.device, choice.cached_tokens) == (1, 0, 0, 0)
+    assert (choice.row, choice.blocks, choice.tiers, choice.cached_tokens) == (1, 0, (0, 0, 0, 0), 0)
     assert [seen.terms for seen in choice.candidates] == [(5, 300, 0), (0, 300, 0)]
 
 
@@ -254,10 +254,10 @@ def test_multimodal_content_and_seed_are_part_of_the_prompt():
     field = Field([Made((3, 0, 0, 0))], range(12))
     policy = Policy(Weights())
     ask = field.decider.decide
-    assert ask(field.tokens, SEED, {}, policy, field.rows, None, 0, 0, False).device == 3
-    assert ask(field.tokens, SEED, {1: [9]}, policy, field.rows, None, 0, 0, False).device == 1
+    assert ask(field.tokens, SEED, {}, policy, field.rows, None, 0, 0, False).tiers[0] == 3
+    assert ask(field.tokens, SEED, {1: [9]}, policy, field.rows, None, 0, 0, False).tiers[0] == 1
     assert field.decider.sequence() == hash_sequence(field.tokens, SIZE, SEED, {1: [9]})
-    assert ask(field.tokens, SEED + 1, None, policy, field.rows, None, 0, 0, False).device == 0
+    assert ask(field.tokens, SEED + 1, None, policy, field.rows, None, 0, 0, False).tiers[0] == 0
 
 
 def test_the_decider_follows_rows_and_slots_that_come_and_go():
@@ -267,10 +267,10 @@ def test_the_decider_follows_rows_and_slots_that_come_and_go():
     late = field._row(7, Made((4, 0, 0, 0), in_flight=5))
     field.rows.append(late)
     field.preferences.append(0.0)
-    assert [(seen.device, seen.host, seen.in_flight) for seen in field.decide(explain=True).candidates] == [
-        (2, 0, 1),
-        (3, 1, 0),
-        (4, 0, 5),
+    assert [(seen.tiers[:2], seen.in_flight) for seen in field.decide(explain=True).candidates] == [
+        ((2, 0), 1),
+        ((3, 1), 0),
+        ((4, 0), 5),
     ]
     field.table.remove(7)
     with pytest.raises(KeyError, match=f"row {late}"):
@@ -308,7 +308,7 @@ def test_what_is_wrong_is_named_and_changes_nothing(change, error, said):
     }
     with pytest.raises(error, match=said):
         field.decider.decide(*(asked | change).values())
-    assert field.decider.decide(*asked.values()).device == 2
+    assert field.decider.decide(*asked.values()).tiers[0] == 2
 
 
 def test_policies_know_their_names():

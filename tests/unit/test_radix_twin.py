@@ -66,6 +66,16 @@ class RadixMachine(RuleBasedStateMachine):
         slot = self._slot(data)
         self.pair.store_path(slot, self.pair.seqs(self._tokens(data, blocks), seed), seed)
 
+    @rule(data=st.data(), seed=SEEDS, blocks=st.integers(0, MOST_BLOCKS))
+    def remove_path(self, data, seed, blocks):
+        self.pair.remove_path(self._slot(data), self.pair.seqs(self._tokens(data, blocks), seed))
+
+    @rule(data=st.data())
+    def remove_any_as_a_path(self, data):
+        slot = self._slot(data)
+        held = list(self.pair.twin.slots[slot].names)
+        self.pair.remove_path(slot, data.draw(st.lists(st.sampled_from([*held, 5]), max_size=8), label="names"))
+
     @rule(data=st.data())
     def copy_between_tiers(self, data):
         slot, other = self._slot(data), self._slot(data)

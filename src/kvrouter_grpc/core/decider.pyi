@@ -51,11 +51,8 @@ class Choice:
     row: int
     blocks: int
     """Full blocks of the prompt."""
-    device: int
-    """Blocks that the target holds; each tier goes on where the one before ends."""
-    host: int
-    disk: int
-    remote: int
+    tiers: tuple[int, int, int, int]
+    """Blocks that the target holds on device, in host memory, on disk and remotely, each where the one before ends."""
     in_flight: int
     """Leading blocks that requests in flight on the target pin."""
     cached_tokens: int

@@ -85,10 +85,7 @@ cdef class Choice:
 
     cdef readonly uint32_t row
     cdef readonly uint32_t blocks
-    cdef readonly uint32_t device
-    cdef readonly uint32_t host
-    cdef readonly uint32_t disk
-    cdef readonly uint32_t remote
+    cdef readonly tuple tiers
     cdef readonly uint32_t in_flight
     cdef readonly int64_t cached_tokens
     cdef readonly double freshness
@@ -97,13 +94,52 @@ cdef class Choice:
     cdef readonly list candidates
 
 
-# What a decision needs beside the decider's own buffers.
+# Everything that the cost of a row is worked out from.
 cdef struct Question:
     const Weights* weights
     Ask ask
-    const uint32_t* rows
+    const uint32_t* rows  # that are asked
     const double* preferences  # parallel to `rows`, or NULL
     uint32_t count
+    uint32_t slots  # entries of `held`
+    const Target* targets  # by row
+    const uint32_t* in_flight  # blocks of the prompt, by row
+    const uint32_t* held  # blocks of the prompt, by slot of the index
+    const Step* steps  # the prompt's path, while somebody has lower tiers
+    size_t path
+
+
+cdef inline void _overlap(const Question* question, uint32_t row, Overlap* overlap) noexcept nogil:
+    cdef const Target* target = &question.targets[row]
+    cdef size_t depth
+    cdef uint32_t tier
+    overlap.in_flight = question.in_flight[row]
+    overlap.tiers[0] = question.held[target.slots[0]] if target.slots[0] < question.slots else 0
+    overlap.tiers[1] = overlap.tiers[2] = overlap.tiers[3] = 0
+    if target.lower_tiers != 0:
+        depth = overlap.tiers[0]
+        for tier in range(1, <uint32_t>TIERS):
+            if target.slots[tier] < question.slots:
+                overlap.tiers[tier] = <uint32_t>path_extend(question.steps, question.path, target.slots[tier], depth)
+                depth += overlap.tiers[tier]
+
+
+cdef inline double _cost(const Question* question, uint32_t i, Overlap* overlap, double* terms) noexcept nogil:
+    cdef double preference = question.preferences[i] if question.preferences != NULL else 0
+    cdef double cost
+    _overlap(question, question.rows[i], overlap)
+    cost_terms(&question.targets[question.rows[i]], overlap, &question.ask, question.weights, preference, terms)
+    cost = terms[0] + terms[1] + terms[2]
+    # What is no number is worse than any number, and compares with others.
+    return INFINITY if isnan(cost) else cost
+
+
+cdef inline int64_t _shortest_queue(const Question* question) noexcept nogil:
+    cdef int64_t shortest = INT64_MAX
+    cdef uint32_t i
+    for i in range(question.count):
+        shortest = min(shortest, question.targets[question.rows[i]].queued_prefill_tokens)
+    return shortest
 
 
 @cython.final
@@ -115,15 +151,13 @@ cdef class Decider:
     cdef uint64_t* seqs
     cdef size_t seqs_capacity
     cdef size_t blocks  # of the last prompt
-    cdef uint32_t* held  # of the last prompt, by slot of the index
+    cdef uint32_t* held  # see `Question`, here and below
     cdef size_t held_capacity
-    cdef uint32_t slots  # entries of `held` that are filled
-    cdef uint32_t* in_flight  # the same by row
+    cdef uint32_t* in_flight
     cdef size_t in_flight_capacity
-    cdef Step* steps  # its path, while somebody has lower tiers
+    cdef Step* steps
     cdef size_t steps_capacity
-    cdef size_t path
-    cdef double* costs  # of the rows asked
+    cdef double* costs  # of the rows that are asked
     cdef size_t costs_capacity
     cdef uint32_t* requests  # active on them
     cdef size_t requests_capacity
@@ -171,9 +205,9 @@ cdef class Decider:
             if question.rows[i] >= self.table.capacity or self.table.rows[question.rows[i]].birth == 0:
                 raise KeyError(f"row {question.rows[i]} is not in use")
         self._read(tokens, seed, mm_hashes, output_tokens, &question.ask)
-        self._match()
+        self._match(&question)
         if policy.weights.overlap_score_credit_decay != 0:
-            question.ask.shortest_queue = self._shortest_queue(&question)
+            question.ask.shortest_queue = _shortest_queue(&question)
         if policy.mode == IN_TURN:
             chosen = <uint32_t>(turn % question.count)
         elif policy.mode == BY_CHANCE:
@@ -220,57 +254,28 @@ cdef class Decider:
             PyBuffer_Release(&view)
         return 0
 
-    cdef int _match(self) except -1:
+    cdef int _match(self, Question* question) except -1:
         # Finds what every slot and every row has of the prompt.
         cdef TargetTable table = self.table
-        self.slots = 0
-        self.path = 0
+        question.targets = table.rows
+        question.slots = 0
+        question.path = 0
         _room(<void**>&self.in_flight, &self.in_flight_capacity, table.pins.tree.slot_count, sizeof(uint32_t))
         tree_match(&table.pins.tree, self.seqs, self.blocks, self.in_flight)
+        question.in_flight = self.in_flight
         if table.index is None:
             return 0
         _room(<void**>&self.held, &self.held_capacity, table.index.tree.slot_count, sizeof(uint32_t))
         tree_match(&table.index.tree, self.seqs, self.blocks, self.held)
-        self.slots = table.index.tree.slot_count
+        question.held = self.held
+        question.slots = table.index.tree.slot_count
         if table.with_lower_tiers != 0:
             _room(<void**>&self.steps, &self.steps_capacity, self.blocks, sizeof(Step))
-            self.path = tree_path(&table.index.tree, self.seqs, self.blocks, self.steps)
+            question.path = tree_path(&table.index.tree, self.seqs, self.blocks, self.steps)
+            question.steps = self.steps
         return 0
 
-    cdef void _overlap(self, uint32_t row, Overlap* overlap) noexcept nogil:
-        cdef const Target* target = &self.table.rows[row]
-        cdef size_t depth
-        cdef uint32_t tier
-        memset(overlap, 0, sizeof(Overlap))
-        overlap.in_flight = self.in_flight[row]
-        if target.slots[0] < self.slots:
-            overlap.tiers[0] = self.held[target.slots[0]]
-        if target.lower_tiers != 0:
-            depth = overlap.tiers[0]
-            for tier in range(1, <uint32_t>TIERS):
-                if target.slots[tier] < self.slots:
-                    overlap.tiers[tier] = <uint32_t>path_extend(self.steps, self.path, target.slots[tier], depth)
-                    depth += overlap.tiers[tier]
-
     # --- the choice --------------------------------------------------------------------------------------------------
-
-    cdef int64_t _shortest_queue(self, const Question* question) noexcept nogil:
-        cdef int64_t shortest = INT64_MAX
-        cdef uint32_t i
-        for i in range(question.count):
-            shortest = min(shortest, self.table.rows[question.rows[i]].queued_prefill_tokens)
-        return shortest
-
-    cdef double _cost(self, const Question* question, uint32_t i, Overlap* overlap, double* terms) noexcept nogil:
-        cdef double preference = question.preferences[i] if question.preferences != NULL else 0
-        cdef double cost
-        self._overlap(question.rows[i], overlap)
-        cost_terms(
-            &self.table.rows[question.rows[i]], overlap, &question.ask, question.weights, preference, terms
-        )
-        cost = terms[0] + terms[1] + terms[2]
-        # What is no number is worse than any number, and compares with others.
-        return INFINITY if isnan(cost) else cost
 
     cdef uint32_t _pick(self, const Question* question, double temperature) except? 0xFFFFFFFF:
         cdef Overlap overlap
@@ -280,7 +285,7 @@ cdef class Decider:
         _room(<void**>&self.costs, &self.costs_capacity, question.count, sizeof(double))
         _room(<void**>&self.requests, &self.requests_capacity, question.count, sizeof(uint32_t))
         for i in range(question.count):
-            self.costs[i] = self._cost(question, i, &overlap, terms)
+            self.costs[i] = _cost(question, i, &overlap, terms)
             self.requests[i] = self.table.rows[question.rows[i]].active_requests
         if temperature > 0:
             return pick_softmax(self.costs, question.count, temperature, &self.dice)
@@ -290,13 +295,10 @@ cdef class Decider:
         cdef Choice choice = Choice.__new__(Choice)
         cdef Overlap overlap
         cdef double terms[TERMS]
-        choice.cost = self._cost(question, i, &overlap, terms)
+        choice.cost = _cost(question, i, &overlap, terms)
         choice.row = question.rows[i]
         choice.blocks = <uint32_t>self.blocks
-        choice.device = overlap.tiers[0]
-        choice.host = overlap.tiers[1]
-        choice.disk = overlap.tiers[2]
-        choice.remote = overlap.tiers[3]
+        choice.tiers = (overlap.tiers[0], overlap.tiers[1], overlap.tiers[2], overlap.tiers[3])
         choice.in_flight = overlap.in_flight
         choice.cached_tokens = cached_tokens(&overlap, question.weights.formula == PREFILL_FIRST, &question.ask)
         choice.freshness = self.table.rows[choice.row].freshness

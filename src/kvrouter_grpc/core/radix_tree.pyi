@@ -95,6 +95,12 @@ class RadixTree:
     def remove(self, slot: int, engine_hashes: Buffer) -> int:
         """Takes one reference from each engine hash (u64). Returns how many were unknown; those are ignored."""
 
+    def remove_path(self, slot: int, seqs: Buffer) -> None:
+        """Takes back what `store_path` stored: one reference from each hash, the last one first.
+
+        Unknown ones are ignored.
+        """
+
     def holds(self, slot: int, engine_hash: int) -> bool:
         """Whether the slot holds this engine hash."""
 

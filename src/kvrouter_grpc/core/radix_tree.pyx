@@ -23,7 +23,7 @@ from kvrouter_grpc.core.edge cimport Edge
 from kvrouter_grpc.core.hash_table cimport Entry, table_find, table_init
 from kvrouter_grpc.core.invariants cimport tree_check
 from kvrouter_grpc.core.memory cimport release, resize
-from kvrouter_grpc.core.slot cimport named_place, place_edge, slot_clear, slot_copy, slot_remove, slot_store
+from kvrouter_grpc.core.slot cimport named_place, place_edge, slot_clear, slot_copy, slot_remove, slot_remove_path, slot_store
 from kvrouter_grpc.core.tree cimport Slot, edge_depth
 from kvrouter_grpc.core.walk cimport tree_extend, tree_match
 
@@ -176,10 +176,17 @@ cdef class RadixTree:
         """Takes one reference from each engine hash; how many were unknown."""
         cdef uint32_t index = self._slot(slot)
         cdef size_t count = _count("engine_hashes", engine_hashes)
-        cdef int64_t unknown = slot_remove(&self.tree, index, &engine_hashes[0], count, False) if count else 0
+        cdef int64_t unknown = slot_remove(&self.tree, index, &engine_hashes[0], count) if count else 0
         if unknown < 0:
             raise MemoryError("the index is full")
         return unknown
+
+    def remove_path(self, slot, const uint64_t[::1] seqs not None):
+        """Takes back what `store_path` stored."""
+        cdef uint32_t index = self._slot(slot)
+        cdef size_t count = _count("seqs", seqs)
+        if count and slot_remove_path(&self.tree, index, &seqs[0], count):
+            raise MemoryError("the index is full")
 
     # --- questions -----------------------------------------------------------------------------------------------
 

@@ -11,7 +11,7 @@ from libc.stdlib cimport free, realloc
 from libc.string cimport memset
 
 from kvrouter_grpc.core.radix_tree cimport RadixTree
-from kvrouter_grpc.core.slot cimport slot_remove, slot_store
+from kvrouter_grpc.core.slot cimport slot_remove_path, slot_store
 from kvrouter_grpc.core.target cimport NO_SLOT, TIERS, Target, active_blocks
 from kvrouter_grpc.core.walk cimport tree_extend
 
@@ -182,8 +182,7 @@ cdef class TargetTable:
         if not share:
             target.private_blocks -= count
         elif count:
-            # From the end, so no gap ever needs memory: this cannot fail.
-            slot_remove(&self.pins.tree, row, &seqs[0], count, True)
+            slot_remove_path(&self.pins.tree, row, &seqs[0], count)
             target.pinned_blocks = self.pins.tree.slots[row].names.count
 
     def stats(self):

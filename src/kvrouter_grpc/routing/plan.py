@@ -47,10 +47,8 @@ class Plan:
         """Names of the terms of the cost."""
         return COSTS[self.cost]
 
-    def changed(self, override: RouterOverride | None) -> "Plan":
+    def changed(self, override: RouterOverride) -> "Plan":
         """This plan as a request changes it."""
-        if override is None:
-            return self
         weights = {
             field: value
             for field in ("overlap_score_credit", "prefill_load_scale", "assume_kv_reuse", "track_prefill_tokens")

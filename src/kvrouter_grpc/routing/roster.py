@@ -61,8 +61,8 @@ class Roster:
         return model in self._picture().loras
 
     def seat(self, row: int) -> tuple[Worker, Target]:
-        """Whose row it is. Raises KeyError when nobody's."""
-        return self._picture().seats[row]
+        """Whose row it is, as of the last `eligible`."""
+        return self._last.seats[row]
 
     def eligible(self, model: str, hints: RoutingHints, tried: Collection[Target]) -> "array[int]":
         """Rows of the targets that may take the request, by name and rank; see `candidates.why_not`.
@@ -70,8 +70,9 @@ class Roster:
         Raises:
             RouterError: The pin or the model cannot be served by anybody, whatever its state.
         """
-        candidates.check_pin(self._workers, hints)
         picture = self._picture()
+        if hints.worker_id is not None:
+            candidates.check_pin(self._workers, hints)
         rows = picture.eligible.get(model)
         if rows is None:
             candidates.check_model(picture.workers, model)

@@ -131,7 +131,7 @@ class Router:
         Raises:
             RouterError: Nobody can take it; the class and message say why.
         """
-        return self._decide(prompt, hints, self._plan.changed(hints.override), model, explain, exclude)
+        return self._decide(prompt, hints, self._plan_for(hints), model, explain, exclude)
 
     def lease(
         self,
@@ -154,7 +154,7 @@ class Router:
             DuplicateRequestError: The id is in use.
         """
         self.loads.check_free(request_id)
-        plan = self._plan.changed(hints.override)
+        plan = self._plan_for(hints)
         decision = self._decide(prompt, hints, plan, model, explain, exclude)
         weights = plan.weights
         booking = Booking(
@@ -201,7 +201,7 @@ class Router:
             raise NotReadyError(
                 "the block size is not known yet: no worker has told it; set --router-block-size or wait for a worker"
             )
-        weights = self._plan.changed(override).weights
+        weights = (self._plan.changed(override) if override is not None else self._plan).weights
         pairs = sorted((target, worker.spec.name) for worker in self._roster.workers for target in worker.targets)
         seqs = self.index.sequence(prompt)
         found = self.index.overlaps(seqs, [target for target, _ in pairs])
@@ -217,6 +217,9 @@ class Router:
     def _freshness(self, target: Target) -> float:
         stream = self.index.stream_if_known(target)
         return stream.freshness if stream is not None else 0.0
+
+    def _plan_for(self, hints: RoutingHints) -> Plan:
+        return self._plan if hints.override is None else self._plan.changed(hints.override)
 
     def _decide(
         self,
@@ -248,7 +251,7 @@ class Router:
             target,
             worker.spec.name,
             worker.spec.url,
-            _overlap(choice),
+            Overlap._make(choice.tiers),
             block_size,
             len(prompt.tokens),
             choice.blocks,
@@ -272,7 +275,7 @@ class Router:
         for seen in choice.candidates or ():
             worker, target = self._roster.seat(seen.row)
             terms = dict(zip(plan.terms, seen.terms or (), strict=True))
-            scored.append(Candidate(target, worker.spec.name, _overlap(seen), seen.cost, terms))
+            scored.append(Candidate(target, worker.spec.name, Overlap._make(seen.tiers), seen.cost, terms))
         scored.sort(key=lambda candidate: (candidate.cost or 0.0, candidate.target))
         dropped = [Candidate(target, worker.spec.name, Overlap(), None, {}, reason) for worker, target, reason in drops]
         return (*scored, *dropped)
@@ -280,6 +283,3 @@ class Router:
 
 _NO_BLOCKS = array("Q")
 
-
-def _overlap(choice: Choice) -> Overlap:
-    return Overlap(choice.device, choice.host, choice.disk, choice.remote)
