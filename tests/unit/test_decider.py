@@ -82,7 +82,16 @@ class Field:
             in_flight = min(made.in_flight, len(self.seqs))
             pinned = in_flight + made.private
             rows.append(
-                Row(Overlap(*tiers), in_flight, made.fresh, made.queued, pinned, made.requests + 2, made.total, made.taint)
+                Row(
+                    Overlap(*tiers),
+                    in_flight,
+                    made.fresh,
+                    made.queued,
+                    pinned,
+                    made.requests + 2,
+                    made.total,
+                    made.taint,
+                )
             )
         return rows
 
@@ -165,7 +174,10 @@ def test_terms_overlaps_and_choice_are_those_of_the_reference(made, length, cost
             assert choice.row == field.rows[pick.softmax(costs, temperature, dice)]
         else:
             assert choice.row == field.rows[pick.lowest(costs, requests, dice)]
-        assert (choice.cost, choice.terms) == (costs[field.rows.index(choice.row)], choice.candidates[field.rows.index(choice.row)].terms)
+        assert (choice.cost, choice.terms) == (
+            costs[field.rows.index(choice.row)],
+            choice.candidates[field.rows.index(choice.row)].terms,
+        )
 
 
 @pytest.mark.parametrize("targets", [1, 2, 64, 1024])

@@ -43,7 +43,9 @@ class Policy:
         ValueError: No such cost or mode.
     """
 
-    def __init__(self, weights: Weights, *, cost: str = "default", mode: str = "kv", temperature: float = 0.0) -> None: ...
+    def __init__(
+        self, weights: Weights, *, cost: str = "default", mode: str = "kv", temperature: float = 0.0
+    ) -> None: ...
 
 class Choice:
     """One row as the decision saw it."""

@@ -1,9 +1,9 @@
 """The knobs and terms of the two costs of sending a request to a target. The compiled core works them out.
 
-    default   queued_prefill + new_prefill + memory_shortage, in tokens: the prompt tokens that wait there; (1 + new-work
-              weight) times what must be computed for this prompt; by how much pinned blocks and this request exceed the
-              cache.
-    dynamo    prefill + decode + active_requests, in blocks: the formula of the Dynamo KV router's default selector.
+default   queued_prefill + new_prefill + memory_shortage, in tokens: the prompt tokens that wait there; (1 + new-work
+          weight) times what must be computed for this prompt; by how much pinned blocks and this request exceed the
+          cache.
+dynamo    prefill + decode + active_requests, in blocks: the formula of the Dynamo KV router's default selector.
 """
 
 from collections.abc import Mapping

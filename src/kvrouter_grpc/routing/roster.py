@@ -83,9 +83,7 @@ class Roster:
             rows = self._pick_out([pinned] if pinned else picture.workers, model, hints, tried)
         return rows
 
-    def drops(
-        self, model: str, hints: RoutingHints, tried: Collection[Target]
-    ) -> Iterator[tuple[Worker, Target, str]]:
+    def drops(self, model: str, hints: RoutingHints, tried: Collection[Target]) -> Iterator[tuple[Worker, Target, str]]:
         """The targets that may not take it, each with the reason."""
         for worker in self._picture().workers:
             for target in worker.targets:

@@ -282,4 +282,3 @@ class Router:
 
 
 _NO_BLOCKS = array("Q")
-
