@@ -68,7 +68,9 @@ cdef c_array.array _hash(const uint32_t[::1] tokens, block_size, seed, mm_hashes
     cdef size_t blocks = <size_t>tokens.shape[0] // size
     cdef c_array.array out = c_array.clone(U64, <Py_ssize_t>blocks, False)
     cdef uint64_t* hashes = <uint64_t*>out.data.as_ulonglongs
-    if blocks:
+    if blocks and chained and not mm_hashes:
+        sequence_run(&tokens[0], blocks, size, start, NULL, hashes)
+    elif blocks:
         local_hashes(&tokens[0], blocks, size, start, hashes)
         if mm_hashes:
             rehash_multimodal(&tokens[0], blocks, size, start, mm_hashes, hashes)

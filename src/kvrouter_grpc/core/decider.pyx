@@ -19,7 +19,7 @@ from libc.stdint cimport INT64_MAX, int64_t, uint32_t, uint64_t
 from libc.stdlib cimport free, realloc
 from libc.string cimport memcpy, memset
 
-from kvrouter_grpc.core.block_hash cimport as_u64, chain_hashes, local_hashes, rehash_multimodal
+from kvrouter_grpc.core.block_hash cimport as_u64, chain_hashes, local_hashes, rehash_multimodal, sequence_run
 from kvrouter_grpc.core.cost cimport (
     DYNAMO,
     PREFILL_FIRST,
@@ -245,10 +245,12 @@ cdef class Decider:
                 raise ValueError(f"tokens: {blocks} blocks in one prompt, the most is {MOST_BLOCKS}")
             self.blocks = 0  # until they are all there
             _room(<void**>&self.seqs, &self.seqs_capacity, blocks, sizeof(uint64_t))
-            local_hashes(view.buf, blocks, size, start, self.seqs)
             if mm_hashes:
+                local_hashes(view.buf, blocks, size, start, self.seqs)
                 rehash_multimodal(view.buf, blocks, size, start, mm_hashes, self.seqs)
-            chain_hashes(self.seqs, blocks, NULL)
+                chain_hashes(self.seqs, blocks, NULL)
+            else:
+                sequence_run(view.buf, blocks, size, start, NULL, self.seqs)
             self.blocks = blocks
         finally:
             PyBuffer_Release(&view)

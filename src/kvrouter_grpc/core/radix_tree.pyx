@@ -7,6 +7,7 @@ This is the Python face: it checks what comes in and calls the C-level parts, wh
     edge.pxd         runs, edges, covers          run.pxd          runs by id, edges of a run
     holes.pxd        bit sets for gaps            hash_table.pxd   u64 -> u64
     memory.pxd       counted memory               invariants.pxd   what must hold after every call
+    path.pxd         taking whole paths back
 """
 
 import os
@@ -18,12 +19,20 @@ from libc.stdint cimport int64_t, uint32_t, uint64_t, uintptr_t
 from libc.stdlib cimport free, malloc
 from libc.string cimport memset
 
-from kvrouter_grpc.core.block_hash cimport LARGEST_BLOCK, as_u64, chain_hashes, local_hashes, rehash_multimodal
+from kvrouter_grpc.core.block_hash cimport (
+    LARGEST_BLOCK,
+    as_u64,
+    chain_hashes,
+    local_hashes,
+    rehash_multimodal,
+    sequence_run,
+)
 from kvrouter_grpc.core.edge cimport Edge
 from kvrouter_grpc.core.hash_table cimport Entry, table_find, table_init
 from kvrouter_grpc.core.invariants cimport tree_check
 from kvrouter_grpc.core.memory cimport release, resize
-from kvrouter_grpc.core.slot cimport named_place, place_edge, slot_clear, slot_copy, slot_remove, slot_remove_path, slot_store
+from kvrouter_grpc.core.path cimport slot_remove_path
+from kvrouter_grpc.core.slot cimport named_place, place_edge, slot_clear, slot_copy, slot_remove, slot_store
 from kvrouter_grpc.core.tree cimport Slot, edge_depth
 from kvrouter_grpc.core.walk cimport tree_extend, tree_match
 
@@ -144,10 +153,12 @@ cdef class RadixTree:
         if seqs == NULL:
             raise MemoryError
         try:
-            local_hashes(&tokens[0], count, self.block_size, start_seed, seqs)
             if mm_hashes:
+                local_hashes(&tokens[0], count, self.block_size, start_seed, seqs)
                 rehash_multimodal(&tokens[0], count, self.block_size, start_seed, mm_hashes, seqs)
-            chain_hashes(seqs, count, parent_seq)
+                chain_hashes(seqs, count, parent_seq)
+            else:
+                sequence_run(&tokens[0], count, self.block_size, start_seed, parent_seq, seqs)
             failed = slot_store(&self.tree, index, edge, block, start_seed, &engine_hashes[0], seqs, count)
         finally:
             free(seqs)

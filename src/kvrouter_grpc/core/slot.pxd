@@ -54,14 +54,12 @@ cdef enum:
     AHEAD = 8  # entries fetched early, so that their cache misses overlap
 
 
-# Places to settle when a store is done: those it took an engine hash away from, and the one where it failed. Until then
-# nothing is pruned, so that edges, places and indices of covers stay valid.
+# Places that a store took an engine hash away from. They are settled when the store is done.
 cdef struct Moves:
     uint64_t* places
     size_t count
     size_t capacity
-    uint64_t broken  # place
-    bint failed
+    Edge* failed  # where the store stopped for want of memory
 
 
 cdef inline uint64_t place_of(const Edge* edge, uint32_t block) noexcept nogil:
@@ -124,7 +122,8 @@ cdef inline int _gain(Tree* tree, Slot* slot, Edge* edge, uint32_t at, uint32_t 
 cdef inline int _move(
     Tree* tree, uint32_t slot_id, Entry* entry, Edge* edge, uint32_t at, uint32_t block, Moves* moves
 ) noexcept nogil:
-    # An engine hash that already names another block: the newest wins. Covers are only emptied here, not dropped.
+    # An engine hash that already names another block: the newest wins. Covers are only emptied here, not dropped,
+    # and nothing is pruned, so indices and edges stay valid until the store is done.
     cdef Slot* slot = &tree.slots[slot_id]
     cdef uint64_t old_place = named_place(entry)
     cdef uint32_t old_block = 0
@@ -175,43 +174,23 @@ cdef inline int _name(
     return 0
 
 
-cdef inline void _moves_init(Moves* moves) noexcept nogil:
-    moves.places = NULL
-    moves.count = moves.capacity = 0
-    moves.failed = False
-
-
-cdef inline void _fail(Moves* moves, const Edge* edge) noexcept nogil:
-    if edge != NULL:
-        moves.broken = place_of(edge, 0)
-        moves.failed = True
-
-
-cdef inline void _settle_cover(Tree* tree, uint32_t slot_id, uint64_t place) noexcept nogil:
-    cdef uint32_t block = 0
-    cdef Edge* edge = place_edge(tree, place, &block)
-    cdef int at = cover_find(edge, slot_id)
-    if at >= 0:
-        cover_settle(&tree.meter, edge, <uint32_t>at)
-
-
-cdef inline void _prune_place(Tree* tree, uint64_t place) noexcept nogil:
-    cdef uint32_t block = 0
-    cdef Edge* edge = place_edge(tree, place, &block)
-    if edge != NULL:
-        tree_prune(tree, edge)
-
-
 cdef inline void _settle_moves(Tree* tree, uint32_t slot_id, Moves* moves) noexcept nogil:
-    # All covers before any edge: pruning one edge may cut off another's end, and the places there could not be found.
+    cdef uint32_t block = 0
+    cdef int at
+    cdef Edge* edge
     cdef size_t i
+    # All covers first: cutting one edge may end the place of another move, and its cover could not be found then.
     for i in range(moves.count):
-        _settle_cover(tree, slot_id, moves.places[i])
-    if moves.failed:
-        _settle_cover(tree, slot_id, moves.broken)
-        _prune_place(tree, moves.broken)
+        edge = place_edge(tree, moves.places[i], &block)
+        at = cover_find(edge, slot_id)
+        if at >= 0:
+            cover_settle(&tree.meter, edge, <uint32_t>at)
+    if moves.failed != NULL:
+        tree_settle(tree, moves.failed, slot_id)
     for i in range(moves.count):
-        _prune_place(tree, moves.places[i])
+        edge = place_edge(tree, moves.places[i], &block)
+        if edge != NULL:
+            tree_prune(tree, edge)
     release(&tree.meter, moves.places, moves.capacity * sizeof(uint64_t))
 
 
@@ -243,7 +222,7 @@ cdef inline int _store(
                 if child == NULL:
                     child = tree_branch(tree, edge, seed, seqs + done, count - done)
                     if child == NULL:
-                        _fail(moves, edge)  # a split made for this branch is undone
+                        moves.failed = edge  # a split made for this branch is undone
                         return -1
                 edge = child
                 block = 0
@@ -261,7 +240,7 @@ cdef inline int _store(
                 failed = -1
                 break
         if failed:
-            _fail(moves, edge)
+            moves.failed = edge
             return -1
         cover_tidy(&tree.meter, edge, <uint32_t>at)
         block += common
@@ -286,7 +265,9 @@ cdef inline int slot_store(
     """
     cdef Moves moves
     cdef int failed
-    _moves_init(&moves)
+    moves.places = NULL
+    moves.failed = NULL
+    moves.count = moves.capacity = 0
     if table_reserve(&tree.meter, &tree.slots[slot_id].names, count):
         return -1
     failed = _store(tree, slot_id, edge, block, seed, names, seqs, count, &moves)
@@ -308,7 +289,9 @@ cdef inline int64_t slot_copy(
     cdef Entry* entry
     cdef Edge* edge
     cdef Moves moves
-    _moves_init(&moves)
+    moves.places = NULL
+    moves.failed = NULL
+    moves.count = moves.capacity = 0
     if table_reserve(&tree.meter, &slot.names, count):
         return -1
     for i in range(count):
@@ -318,7 +301,7 @@ cdef inline int64_t slot_copy(
         edge = place_edge(tree, named_place(entry), &block)
         at = cover_ensure(&tree.meter, edge, slot_id)
         if at < 0 or _name(tree, slot_id, names[i], edge, <uint32_t>at, block, &moves):
-            _fail(&moves, edge)
+            moves.failed = edge
             failed = -1
             break
         cover_tidy(&tree.meter, edge, <uint32_t>at)
@@ -372,63 +355,6 @@ cdef inline int64_t slot_remove(Tree* tree, uint32_t slot_id, const uint64_t* na
     table_shrink(&tree.meter, &slot.names)
     tree.unknown_removes += <uint64_t>unknown
     return unknown
-
-
-cdef inline bint _is_on(const Edge* edge, uint64_t place) noexcept nogil:
-    # Whether the edge shows this place.
-    cdef uint32_t offset = <uint32_t>(place & ((<uint64_t>1 << OFFSET_BITS) - 1))
-    return edge.run.identity == place >> OFFSET_BITS and edge.start <= offset < edge.start + edge.length
-
-
-cdef inline int _forget_in(Tree* tree, uint32_t slot_id, Entry* entry, Edge** edge, uint32_t* at) noexcept nogil:
-    # As `_forget`, but the edge, and the index of the slot's cover in it, are kept for the next block: they are
-    # settled when another edge comes. -1: no memory, nothing changed.
-    cdef Slot* slot = &tree.slots[slot_id]
-    cdef uint64_t place = named_place(entry)
-    cdef uint32_t block = 0
-    if not _drop_alias(tree, slot, place):
-        if edge[0] == NULL or not _is_on(edge[0], place):
-            if edge[0] != NULL:
-                tree_settle(tree, edge[0], slot_id)
-            edge[0] = place_edge(tree, place, &block)
-            at[0] = <uint32_t>cover_find(edge[0], slot_id)
-        block = <uint32_t>(place & ((<uint64_t>1 << OFFSET_BITS) - 1)) - edge[0].start
-        if block + 1 < edge[0].covers[at[0]].held and cover_room(&tree.meter, edge[0], at[0]):
-            return -1
-        cover_release(edge[0], at[0], block)
-    table_delete(&slot.names, entry)
-    return 0
-
-
-cdef inline int slot_remove_path(Tree* tree, uint32_t slot_id, const uint64_t* names, size_t count) noexcept nogil:
-    """Takes one reference from each engine hash of a path, the last one first; unknown ones are ignored.
-
-    For paths that were stored as a whole: no gap is left on the way, and an edge is settled once, not once per block.
-
-    Returns:
-        0, or -1 without memory: then the end of the path is removed, and all books agree. Only gaps take memory.
-    """
-    cdef Slot* slot = &tree.slots[slot_id]
-    cdef uint32_t at = 0
-    cdef int failed = 0
-    cdef size_t i
-    cdef Entry* entry
-    cdef Edge* edge = NULL
-    for i in reversed(range(count)):
-        if i >= AHEAD:
-            table_prefetch(&slot.names, names[i - AHEAD])
-        entry = table_find(&slot.names, names[i])
-        if entry == NULL:
-            continue
-        if entry.value & MOST_REFERENCES > 1:
-            entry.value -= 1
-        elif _forget_in(tree, slot_id, entry, &edge, &at):
-            failed = -1
-            break
-    if edge != NULL:
-        tree_settle(tree, edge, slot_id)
-    table_shrink(&tree.meter, &slot.names)
-    return failed
 
 
 cdef inline void slot_clear(Tree* tree, uint32_t slot_id) noexcept nogil:

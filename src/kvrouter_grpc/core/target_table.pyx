@@ -10,8 +10,9 @@ from libc.stdint cimport UINT32_MAX, int64_t, uint32_t, uint64_t
 from libc.stdlib cimport free, realloc
 from libc.string cimport memset
 
+from kvrouter_grpc.core.path cimport slot_remove_path
 from kvrouter_grpc.core.radix_tree cimport RadixTree
-from kvrouter_grpc.core.slot cimport slot_remove_path, slot_store
+from kvrouter_grpc.core.slot cimport slot_store
 from kvrouter_grpc.core.target cimport NO_SLOT, TIERS, Target, active_blocks
 from kvrouter_grpc.core.walk cimport tree_extend
 
