@@ -38,7 +38,7 @@ def indexer(addresses: Sequence[str]) -> Iterator[Indexer]:
         _wait(port)
         for number, address in enumerate(addresses):
             worker = {"instance_id": number, "endpoint": address, "model_name": work.MODEL, "block_size": work.BLOCK}
-            request = urllib.request.Request(  # noqa: S310 - our own process
+            request = urllib.request.Request(
                 f"http://127.0.0.1:{port}/register",
                 json.dumps(worker).encode(),
                 {"Content-Type": "application/json"},
@@ -124,5 +124,3 @@ def _wait(port: int) -> None:
             if time.monotonic() > ends:
                 raise
             time.sleep(0.1)
-
-

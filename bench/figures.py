@@ -13,6 +13,9 @@ SIDES = ("ours", "limit", "dynamo", "goal")
 TITLES = {"ours": "ours", "limit": "limit", "dynamo": "Dynamo 1.6.1", "goal": "goal"}
 
 
+Row = list[str]
+
+
 class Figures:
     """Figures by key, and remarks about them."""
 
@@ -34,8 +37,8 @@ class Figures:
         if text not in self.notes:
             self.notes.append(text)
 
-    def table(self, title: str, suite: str, measure: str, cases: Iterable[str], extra: Sequence[str] = ()) -> str:
-        """A table of one measure: a row per case, a column per side that has it.
+    def rows(self, title: str, suite: str, measure: str, cases: Iterable[str], extra: Sequence[str] = ()) -> list[Row]:
+        """One measure as a table: a row per case, a column per side that has it, the head first.
 
         Args:
             title: What is measured, and in what unit.
@@ -44,18 +47,22 @@ class Figures:
             cases: The rows.
             extra: Further sides.
         """
-        rows = list(cases)
+        wanted = list(cases)
         sides = [*SIDES[:-1], *extra, SIDES[-1]]
-        sides = [side for side in sides if any(f"{suite}.{case}.{side}.{measure}" in self.values for case in rows)]
-        lines = [[title, *(TITLES.get(side, side.replace("_", " ")) for side in sides)]]
-        for case in rows:
+        sides = [side for side in sides if any(f"{suite}.{case}.{side}.{measure}" in self.values for case in wanted)]
+        rows = [[title, *(TITLES.get(side, side.replace("_", " ")) for side in sides)]]
+        for case in wanted:
             cells = [self.values.get(f"{suite}.{case}.{side}.{measure}") for side in sides]
-            lines.append([case.replace("_", " "), *("-" if cell is None else f"{cell:,.4g}" for cell in cells)])
-        widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
-        lines.insert(1, ["-" * width for width in widths])
+            rows.append([case.replace("_", " "), *map(_cell, cells)])
+        return rows
+
+    def table(self, title: str, suite: str, measure: str, cases: Iterable[str], extra: Sequence[str] = ()) -> str:
+        """The same as text."""
+        rows = self.rows(title, suite, measure, cases, extra)
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        rows.insert(1, ["-" * width for width in widths])
         return "\n".join(
-            "  ".join(cell.ljust(width) if column == 0 else cell.rjust(width) for column, (cell, width) in pairs)
-            for pairs in (list(enumerate(zip(line, widths, strict=True))) for line in lines)
+            "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip() for row in rows
         )
 
     def write(self, path: Path) -> None:
@@ -72,7 +79,15 @@ class Figures:
                 self.values.setdefault(key, value)
 
 
+def _cell(value: float | None) -> str:
+    if value is None:
+        return "-"
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+
+
 def machine() -> str:
     """One line about where the figures come from."""
-    models = [line.split(":", 1)[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line]
-    return f"{len(models)} x {models[0] if models else 'unknown CPU'}, Linux {platform.release()}, Python {platform.python_version()}"
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    processor = f"{len(models)} x {models[0]}" if models else "unknown CPU"
+    return f"{processor}, Linux {platform.release()}, Python {platform.python_version()}"

@@ -13,9 +13,10 @@ if TYPE_CHECKING:
 CACHE = ROOT / ".cache/bench"
 DYNAMO = ("ai-dynamo==1.6.1", "ai-dynamo-runtime==1.6.1")
 DYNAMO_NEEDS = (
-    "aiohttp==3.14.3", "grpcio==1.85.1", "httpx==0.28.1", "msgpack==1.1.2", "msgspec==0.20.0", "numpy==2.4.6",
-    "orjson==3.13.0", "packaging", "prometheus-client==0.26.0", "protobuf==7.36.2", "psutil==7.2.2", "pydantic<=2.13.5",
-    "pyyaml", "pyzmq==27.3.0", "redis<9", "tqdm", "uvloop==0.23.0", "xxhash==4.1.0", "zstandard==0.25.0",
+    "aiohttp==3.14.5", "grpcio==1.85.1", "httpx==0.28.1", "msgpack==1.2.4", "msgspec==0.22.0", "numpy==2.4.6",
+    "orjson==3.13.0", "packaging==26.3", "prometheus-client==0.26.0", "protobuf==7.36.2", "psutil==7.2.2",
+    "pydantic==2.13.5", "pyyaml==6.0.3", "pyzmq==27.3.0", "redis==8.1.0", "tqdm==4.70.1", "uvloop==0.23.0",
+    "xxhash==4.1.0", "zstandard==0.25.0",
 )  # fmt: skip
 PLOTS = ("matplotlib==3.11.2",)
 
@@ -53,7 +54,7 @@ def _install(name: str, *steps: tuple[str, ...]) -> None:
     print(f"installing {name} into {home.relative_to(ROOT)}", flush=True)
     subprocess.run([sys.executable, "-m", "venv", "--clear", home], check=True)
     for step in steps:
-        pip = [home / "bin/pip", "install", "--quiet", "--disable-pip-version-check", *step]
+        pip = [str(home / "bin/pip"), "install", "--quiet", "--disable-pip-version-check", *step]
         subprocess.run(pip, check=True)
     stamp.write_text(wanted)
 

@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import IO, Any, cast
 
 import grpc
 
@@ -76,9 +76,7 @@ def mock_workers(count: int) -> Iterator[list[str]]:
             arguments = ["mock-worker", "--full-speed", "--model", work.MODEL, "--block-size", str(work.BLOCK)]
             arguments += ["--num-blocks", "100000", "--max-model-len", "65536", "--vocab-size", str(work.VOCAB)]
             _, said = stack.enter_context(program(arguments))
-            flags.append(
-                f"name=w{number},url={said['url']},events={said['events'][0]},replay={said['replay'][0]}"
-            )
+            flags.append(f"name=w{number},url={said['url']},events={said['events'][0]},replay={said['replay'][0]}")
         yield flags
 
 
@@ -96,8 +94,7 @@ def program(arguments: Sequence[str]) -> Iterator[tuple[int, dict[str, Any]]]:
         )
     with process:
         try:
-            assert process.stdout is not None
-            line = process.stdout.readline()
+            line = cast("IO[str]", process.stdout).readline()
             if not line:
                 raise RuntimeError(f"kvrouter {arguments[0]} did not start:\n{log.read_text()[-2000:]}")
             yield process.pid, json.loads(line)

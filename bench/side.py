@@ -13,7 +13,7 @@ import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import IO, Any, Self, cast
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -53,6 +53,8 @@ class Side:
                 env=environment() | dict(env or {}),
                 cwd=ROOT,
             )
+        self._stdin = cast("IO[str]", self._process.stdin)
+        self._stdout = cast("IO[str]", self._process.stdout)
 
     @property
     def pid(self) -> int:
@@ -70,17 +72,15 @@ class Side:
 
     def send(self, function: str, **arguments: Any) -> None:
         """Call without waiting; `receive` gives the result."""
-        assert self._process.stdin is not None
         try:
-            self._process.stdin.write(json.dumps([function, arguments]) + "\n")
-            self._process.stdin.flush()
+            self._stdin.write(json.dumps([function, arguments]) + "\n")
+            self._stdin.flush()
         except BrokenPipeError:
             raise self._ended() from None
 
     def receive(self) -> Any:
         """The result of the last `send`. Raises SideError."""
-        assert self._process.stdout is not None
-        line = self._process.stdout.readline()
+        line = self._stdout.readline()
         if not line:
             raise self._ended()
         answer = json.loads(line)
@@ -90,9 +90,8 @@ class Side:
 
     def close(self) -> None:
         """End the process."""
-        assert self._process.stdin is not None
         try:
-            self._process.stdin.close()
+            self._stdin.close()
             self._process.wait(20)
         except (BrokenPipeError, subprocess.TimeoutExpired):
             self._process.kill()

@@ -3,6 +3,7 @@
 Only the standard library and msgspec are needed, so that the peers' environments can import it as well.
 """
 
+import functools
 import random
 from array import array
 from collections.abc import Iterator, Sequence
@@ -180,6 +181,7 @@ class Pool:
         return runs
 
 
+@functools.lru_cache(maxsize=8)
 def pool(length: int) -> Pool:
     """The prompts of `length` tokens."""
     rng = random.Random(f"pool {length}")

@@ -39,8 +39,7 @@ def _locals(tokens: "array[int]") -> list[int]:
 
 def _stored(number: int, run: work.Run) -> bytes:
     blocks = [
-        {"block_hash": name, "tokens_hash": local}
-        for name, local in zip(run.names, _locals(run.tokens), strict=True)
+        {"block_hash": name, "tokens_hash": local} for name, local in zip(run.names, _locals(run.tokens), strict=True)
     ]
     data = {"stored": {"parent_hash": run.parent, "blocks": blocks}}
     return json.dumps({"event_id": number, "data": data, "dp_rank": 0}).encode()
@@ -90,9 +89,7 @@ def prepare_events(workers: int, blocks_each: int, per_event: int) -> dict[str, 
     """Build the messages of the `events` suite."""
     fleet = list(work.fleet(workers, blocks_each))
     state["stored"] = list(work.rounds([_stored_messages(runs, per_event) for runs in fleet]))
-    removed = [
-        [_removed(number, part) for number, part in enumerate(work.removals(runs, per_event))] for runs in fleet
-    ]
+    removed = [[_removed(number, part) for number, part in enumerate(work.removals(runs, per_event))] for runs in fleet]
     state["removed"] = list(work.rounds(removed))
     state["blocks"] = sum(len(run.names) for runs in fleet for run in runs)
     state["probe"] = _locals(fleet[0][0].tokens)

@@ -24,7 +24,7 @@ async def open_server(reply_hex: str) -> str:
             yield reply
 
     service, _, method = METHOD[1:].partition("/")
-    handlers = {
+    handlers: dict[str, Any] = {
         method: grpc.unary_unary_rpc_method_handler(unary),
         method + "Stream": grpc.stream_stream_rpc_method_handler(stream),
     }

@@ -42,7 +42,7 @@ def _body(kind: str, prompt: Any) -> bytes:
 
 async def one_reply(address: str, length: int) -> str:
     """The reply to one BestWorkerId, in hex."""
-    call = _channel(address).unary_unary(SERVICE + "BestWorkerId")
+    call: Any = _channel(address).unary_unary(SERVICE + "BestWorkerId")
     reply: bytes = await call(_bodies("best_worker", length)[0])
     return reply.hex()
 
@@ -80,7 +80,7 @@ async def drive(address: str, kind: str, length: int, concurrency: int, seconds:
 
 
 def _best_worker(channel: grpc.aio.Channel) -> Call:
-    method = channel.unary_unary(SERVICE + "BestWorkerId")
+    method: Any = channel.unary_unary(SERVICE + "BestWorkerId")
 
     async def call(body: bytes) -> None:
         await method(body)
@@ -89,7 +89,7 @@ def _best_worker(channel: grpc.aio.Channel) -> Call:
 
 
 def _generate(channel: grpc.aio.Channel) -> Call:
-    method = channel.unary_stream(SERVICE + "Generate")
+    method: Any = channel.unary_stream(SERVICE + "Generate")
 
     async def call(body: bytes) -> float:
         first = 0.0

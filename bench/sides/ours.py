@@ -1,13 +1,16 @@
 """Side: our own code in process. The one place of the benchmark that knows the router's inner interfaces."""
 
-import asyncio
 import ctypes
 import gc
+import itertools
 import time
 from array import array
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
+from bench import meter, work
+from bench.side import serve
+from bench.sides.native import library
 from kvrouter_grpc._gen import router_pb2, router_pb2_grpc
 from kvrouter_grpc.config import RouterConfig, ServerConfig
 from kvrouter_grpc.core import RadixTree, hash_sequence
@@ -16,17 +19,53 @@ from kvrouter_grpc.routing.router import Router
 from kvrouter_grpc.server.router_service import RouterService
 from kvrouter_grpc.types import Prompt, RoutingHints, StreamState, Target, WorkerSpec, WorkerState
 
-from bench import meter, work
-from bench.side import serve
-
 ENDPOINT = "bench.backend.generate"
 SEED = 1337
 state: dict[str, Any] = {}  # what one call prepares for the next ones
 
 
+class Operation(NamedTuple):
+    """What is measured, and what it is given in turn."""
+
+    call: Callable[[Any], object]
+    inputs: list[Any]
+
+
+operations: dict[str, Operation] = {}
+
+
+def _register(name: str, call: Callable[[Any], object], inputs: Sequence[Any]) -> Operation:
+    operation = operations[name] = Operation(call, list(inputs))
+    return operation
+
+
+def timed(name: str, passes: int) -> dict[str, float]:
+    """Microseconds of an operation: `cpu` on average, `p50` and `p99` by the wall clock."""
+    call, inputs = operations[name]
+    return {"cpu": meter.least_cpu_us(call, inputs, passes), **meter.latencies_us(call, inputs, passes)}
+
+
+def count(name: str, times: int) -> int:
+    """Let callgrind count at most `times` calls of an operation; how many they were."""
+    call, inputs = operations[name]
+    chosen = list(itertools.islice(itertools.cycle(inputs), times))
+    for each in chosen if name not in _ONCE else ():
+        call(each)
+    counter = library("counter")
+    counter.counting_starts()
+    for each in chosen:
+        call(each)
+    counter.counting_ends()
+    return len(chosen)
+
+
+_ONCE = ("store", "remove")  # a second time would be another thing
+
+
 def hash_prompt(tokens: int, batches: int, repeats: int) -> float:
     """Microseconds of CPU per prompt."""
-    return meter.least_cpu_us(lambda prompt: hash_sequence(prompt, work.BLOCK), [work.prompt(tokens)] * repeats, batches)
+    operation = _register(f"hash {tokens}", lambda prompt: hash_sequence(prompt, work.BLOCK), [work.prompt(tokens)])
+    return meter.least_cpu_us(operation.call, operation.inputs * repeats, batches)
 
 
 # --- match -----------------------------------------------------------------------------------------------------------
@@ -39,27 +78,22 @@ def prepare_match(workers: int, blocks: int, shape: str, background: int, querie
     for slot, runs in zip(slots, work.fleet(workers, background // workers), strict=True):
         for run in runs:
             tree.store(slot, run.parent, run.names, run.tokens, SEED)
-    state["queries"] = []
+    asked = []
     for number in range(queries):
         tokens = work.prompt(blocks * work.BLOCK, number)
         for slot, depth in zip(slots, work.match_depths(workers, blocks, shape, number), strict=True):
             if depth:
                 names = array("Q", range(number << 32, (number << 32) + depth))
                 tree.store(slot, None, names, tokens[: depth * work.BLOCK], SEED)
-        state["queries"].append(hash_sequence(tokens, work.BLOCK))
-    state["tree"], state["out"] = tree, array("I", bytes(4 * workers))
+        asked.append(hash_sequence(tokens, work.BLOCK))
+    out = array("I", bytes(4 * workers))
+    _register("match", lambda query: tree.match(query, out), asked)
     return tree.stats()["blocks"]
 
 
 def match(passes: int) -> dict[str, float]:
-    """Microseconds of one match: `p50` and `p99` of the calls, `cpu` on average."""
-    tree, out = state["tree"], state["out"]
-    return timed(lambda query: tree.match(query, out), state["queries"], passes)
-
-
-def timed(call: Callable[[Any], object], inputs: Sequence[Any], passes: int) -> dict[str, float]:
-    """`cpu`, `p50` and `p99` of a call, in microseconds."""
-    return {"cpu": meter.least_cpu_us(call, inputs, passes), **meter.latencies_us(call, inputs, passes)}
+    """Microseconds of one match."""
+    return timed("match", passes)
 
 
 # --- decide ----------------------------------------------------------------------------------------------------------
@@ -79,21 +113,32 @@ class _Endpoint:
             self.router.index.stream(worker.targets[0]).state = StreamState.LIVE
             self.targets += worker.targets
 
+    def apply(self, message: tuple[int, bytes]) -> None:
+        """Apply one message of a worker, given by its number."""
+        worker, payload = message
+        self.router.index.apply(self.targets[worker], decode_batch(payload))
+
     def feed(self, messages: Sequence[tuple[int, bytes]]) -> float:
         """Apply (worker, message) pairs; microseconds of CPU."""
-        index, targets = self.router.index, self.targets
+        apply = self.apply
         start = time.process_time_ns()
-        for worker, message in messages:
-            index.apply(targets[worker], decode_batch(message))
+        for message in messages:
+            apply(message)
         return (time.process_time_ns() - start) / 1000
 
-    def load(self, blocks_each: int, pools: Sequence[int] = ()) -> int:
-        """Cache a fleet's work and the warm prompts of these lengths; returns the blocks held."""
-        shape = work.Shape(256)
+    def load(self, blocks_each: int, pools: Sequence[int] = ()) -> dict[str, float]:
+        """Cache a fleet's work and the warm prompts of these lengths.
+
+        Returns:
+            The `blocks` held, and per block the microseconds of CPU it took (`store_us`) and the `bytes` of the index.
+        """
+        shape, taken = work.Shape(256), 0.0
         for worker, runs in enumerate(work.fleet(len(self.targets), blocks_each)):
             held = [run for length in pools for run in work.pool(length).held_by(worker, len(self.targets))]
-            self.feed([(worker, message) for message in work.stored_messages([*runs, *held], shape)])
-        return sum(self.router.index.blocks(target) for target in self.targets)
+            taken += self.feed([(worker, message) for message in work.stored_messages([*runs, *held], shape)])
+        stats = self.router.index.stats()
+        blocks = stats["blocks"]
+        return {"blocks": blocks, "store_us": taken / blocks, "bytes": stats["bytes"] / blocks}
 
 
 class _Context:
@@ -116,51 +161,39 @@ class _Registry:
         pass
 
 
-def prepare_decide(workers: int, blocks_each: int, lengths: list[int]) -> int:
-    """Build the endpoint of the `decide` suite; returns the blocks it holds."""
-    endpoint = state["endpoint"] = _Endpoint(workers)
+def prepare_decide(workers: int, blocks_each: int, lengths: list[int]) -> dict[str, float]:
+    """Build the endpoint of the `decide` suite; what `_Endpoint.load` says of it."""
+    endpoint = _Endpoint(workers)
     held = endpoint.load(blocks_each, lengths)
     registry = _Registry()
     service = RouterService(ServerConfig(), {ENDPOINT: endpoint.router}, None)  # type: ignore[arg-type]
     router_pb2_grpc.add_KvRouterServicer_to_server(service, registry)  # type: ignore[arg-type]
-    state["handler"] = registry.handlers["BestWorkerId"]
-    state["requests"] = {
-        length: [
-            router_pb2.BestWorkerIdRequest(token_ids=prompt, model=work.MODEL).SerializeToString()
-            for prompt in work.pool(length).queries
-        ]
-        for length in lengths
-    }
-    return held
+    handler, context = registry.handlers["BestWorkerId"], _Context()
+    read, write, method = handler.request_deserializer, handler.response_serializer, handler.unary_unary
+    router = endpoint.router
 
-
-def decide(length: int, passes: int) -> dict[str, float]:
-    """Microseconds from the raw request to the worker."""
-    router = state["endpoint"].router
-
-    def call(raw: bytes) -> object:
+    def decide(raw: bytes) -> object:
         request = router_pb2.BestWorkerIdRequest.FromString(raw)
         prompt = Prompt(array("I", request.token_ids))
         return router.best_worker(prompt, RoutingHints(), model=request.model).target
 
-    return timed(call, state["requests"][length], passes)
-
-
-def serve_call(length: int, passes: int) -> dict[str, float]:
-    """Microseconds from the raw request to the raw reply: everything but gRPC itself."""
-    handler, context = state["handler"], _Context()
-    read, write, method = handler.request_deserializer, handler.response_serializer, handler.unary_unary
-
-    def call(raw: bytes) -> bytes:
+    def reply(raw: bytes) -> bytes:
         step = method(read(raw), context)
         try:
             step.send(None)
         except StopIteration as done:
-            reply: bytes = write(done.value)
-            return reply
+            written: bytes = write(done.value)
+            return written
         raise AssertionError("a decision does not wait")
 
-    return timed(call, state["requests"][length], passes)
+    for length in lengths:
+        requests = [
+            router_pb2.BestWorkerIdRequest(token_ids=prompt, model=work.MODEL).SerializeToString()
+            for prompt in work.pool(length).queries
+        ]
+        _register(f"decide {length}", decide, requests)
+        _register(f"reply {length}", reply, requests)
+    return held
 
 
 # --- events ----------------------------------------------------------------------------------------------------------
@@ -174,6 +207,9 @@ def prepare_events(workers: int, blocks_each: int, per_event: int, per_message: 
     state["removed"] = list(work.rounds([work.removed_messages(runs, shape) for runs in fleet]))
     state["blocks"] = sum(len(run.names) for runs in fleet for run in runs)
     state["workers"] = workers
+    counted = _Endpoint(workers)
+    for verb, name in (("store", "stored"), ("remove", "removed")):
+        _register(verb, counted.apply, state[name])
     gc.collect()
     gc.freeze()
     return {"blocks": state["blocks"], "messages": len(state["stored"])}
@@ -228,7 +264,4 @@ def _trimmed_rss() -> int:
 
 
 if __name__ == "__main__":
-    serve(
-        [hash_prompt, prepare_match, match, prepare_decide, decide, serve_call, prepare_events, events, memory],
-        asyncio.run,
-    )
+    serve([timed, count, hash_prompt, prepare_match, match, prepare_decide, prepare_events, events, memory])

@@ -1,4 +1,4 @@
-"""Side: a fleet of workers that only tell of their caches: vLLM's event sockets, and as much HTTP as introduces them."""
+"""Side: workers that only tell of their caches: vLLM's event sockets, and as much HTTP as introduces them."""
 
 import struct
 import time
@@ -79,19 +79,31 @@ def prepare_pools(lengths: list[int]) -> int:
     return blocks
 
 
-def publish(name: str, per_second: float = 0) -> dict[str, float]:
-    """Send prepared messages, as fast as the sockets take them or `per_second`; counts and seconds."""
+def publish(name: str, per_second: float = 0, seconds: float = 0) -> dict[str, float]:
+    """Send prepared messages.
+
+    Args:
+        name: Which.
+        per_second: How many in a second; 0 for as many as the sockets take.
+        seconds: Stop after this time; 0 for not before the last message.
+
+    Returns:
+        What was sent: `messages`, and `blocks` when it was all.
+    """
     messages, blocks = prepared[name]
-    started = time.perf_counter()
-    for number, (worker, payload) in enumerate(messages):
+    started, sent = time.perf_counter(), 0
+    for worker, payload in messages:
         if per_second:
-            ahead = number / per_second - (time.perf_counter() - started)
-            if ahead > 0.002:
+            elapsed = time.perf_counter() - started
+            if seconds and elapsed >= seconds:
+                break
+            ahead = sent / per_second - elapsed
+            if ahead > 0.001:
                 time.sleep(ahead)
-        head = struct.pack(">Q", sequence[worker])
-        sockets[worker].send_multipart([b"kv-events", head, payload])
+        sockets[worker].send_multipart([b"kv-events", struct.pack(">Q", sequence[worker]), payload])
         sequence[worker] += 1
-    return {"blocks": blocks, "messages": len(messages), "seconds": time.perf_counter() - started}
+        sent += 1
+    return {"blocks": blocks, "messages": sent}
 
 
 if __name__ == "__main__":
