@@ -12,6 +12,7 @@ import subprocess
 import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any, Self, cast
 
@@ -90,12 +91,14 @@ class Side:
 
     def close(self) -> None:
         """End the process."""
-        try:
+        with suppress(BrokenPipeError):
             self._stdin.close()
+        try:
             self._process.wait(20)
-        except (BrokenPipeError, subprocess.TimeoutExpired):
+        except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
+        self._stdout.close()
 
     def _ended(self) -> SideError:
         tail = self._log.read_text(errors="replace")[-2000:]

@@ -22,14 +22,22 @@ _limit_hash.argtypes = [
 
 def hash_prompt(tokens: int, batches: int, repeats: int) -> float:
     """Microseconds per prompt: every block hashed, every hash chained to the one before."""
+    return _hash(tokens, batches, repeats)[0]
+
+
+def hashes(tokens: int) -> list[int]:
+    """What is computed: the sequence hashes, to see that it is the same work."""
+    return _hash(tokens, 1, 1)[1].tolist()
+
+
+def _hash(tokens: int, batches: int, repeats: int) -> "tuple[float, array[int]]":
     prompt = work.prompt(tokens)
     blocks = tokens // work.BLOCK
     out = array("Q", bytes(8 * blocks))
-    taken: float = _limit_hash(
-        prompt.buffer_info()[0], blocks, work.BLOCK, SEED, batches, repeats, out.buffer_info()[0]
-    )
-    return taken / 1000
+    where = prompt.buffer_info()[0]
+    taken: float = _limit_hash(where, blocks, work.BLOCK, SEED, batches, repeats, out.buffer_info()[0])
+    return taken / 1000, out
 
 
 if __name__ == "__main__":
-    serve([hash_prompt])
+    serve([hash_prompt, hashes])
