@@ -9,7 +9,7 @@ from bench import harness
 from bench.figures import machine
 from bench.side import ROOT
 
-SUITES = ("hash", "match", "decide", "events", "memory", "stream", "best_worker", "generate", "instructions")
+SUITES = ("hash", "match", "decide", "events", "memory", "stream", "best_worker", "batch", "generate", "instructions")
 
 
 def main() -> int:

@@ -5,7 +5,7 @@ Not part of `python -m bench`: it feeds the plots of docs/performance.md (`make 
 
 from contextlib import ExitStack
 
-from bench import meter, programs
+from bench import meter, traffic
 from bench.harness import Bench, best_by, main
 from bench.side import Side
 
@@ -80,12 +80,11 @@ def by_event_rate(bench: Bench) -> None:
     rates = RATES[: 2 if bench.quick else None]
     seconds = 2.0 if not bench.quick else 0.3
     with ExitStack() as stack:
-        publisher = stack.enter_context(Side("bench.sides.publisher"))
-        opened = publisher.call("open_workers", workers=64)
+        fleet = traffic.Fleet(stack, 64)
+        publisher = fleet.publisher
         publisher.call("prepare_fleet", blocks_each=bench.size(16_000, 320), per_event=PER_EVENT, per_message=1)
-        workers = [f"name=w{i},url={opened['url']},events={address}" for i, address in enumerate(opened["events"])]
-        router = stack.enter_context(programs.router(workers, "--router-block-size", "16"))
-        publisher.call("await_listeners")
+        router = fleet.router(stack)
+        publisher.call("await_listeners", count=1)
         load = stack.enter_context(Side("bench.sides.load"))
         calls = {"address": router.address, "kind": "best_worker", "length": 512, "concurrency": 1}
         load.call("drive", seconds=0.5, **calls)

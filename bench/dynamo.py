@@ -19,10 +19,11 @@ START_S = 60.0
 
 
 @dataclass
-class Indexer:
-    """`dynamo.indexer`, which follows vLLM's events by itself."""
+class Service:
+    """One of its programs that follow vLLM's events by themselves and answer over HTTP."""
 
     pid: int
+    address: str
 
 
 def installed(bench: Bench) -> bool:
@@ -31,21 +32,46 @@ def installed(bench: Bench) -> bool:
 
 
 @contextmanager
-def indexer(addresses: Sequence[str]) -> Iterator[Indexer]:
-    """The indexer with these workers registered; one thread, which costs it the least CPU."""
-    port = _free_port()
-    with _process("dynamo.indexer", "--port", str(port), "--threads", "1") as pid:
-        _wait(port)
+def indexer(addresses: Sequence[str]) -> Iterator[Service]:
+    """`dynamo.indexer` with these workers registered; one thread, which costs it the least CPU."""
+    with _service("dynamo.indexer", 1) as service:
         for number, address in enumerate(addresses):
             worker = {"instance_id": number, "endpoint": address, "model_name": work.MODEL, "block_size": work.BLOCK}
-            request = urllib.request.Request(
-                f"http://127.0.0.1:{port}/register",
-                json.dumps(worker).encode(),
-                {"Content-Type": "application/json"},
-            )
-            with urllib.request.urlopen(request, timeout=10):  # noqa: S310
-                pass
-        yield Indexer(pid)
+            _post(service, "register", worker)
+        yield service
+
+
+@contextmanager
+def select_service(addresses: Sequence[str]) -> Iterator[Service]:
+    """`dynamo.select_service` with these workers registered."""
+    with _service("dynamo.select_service", 4) as service:
+        for number, address in enumerate(addresses):
+            worker = {
+                "worker_id": number,
+                "endpoint": f"http://127.0.0.1:{9000 + number}",
+                "kv_events_endpoint": address,
+                "block_size": work.BLOCK,
+                "total_kv_blocks": 100_000,
+                "max_num_batched_tokens": 8192,
+            }
+            _post(service, "workers", worker)
+        yield service
+
+
+@contextmanager
+def _service(module: str, threads: int) -> Iterator[Service]:
+    port = _free_port()
+    with _process(module, "--port", str(port), "--threads", str(threads)) as pid:
+        _wait(port)
+        yield Service(pid, f"127.0.0.1:{port}")
+
+
+def _post(service: Service, path: str, content: dict[str, object]) -> None:
+    request = urllib.request.Request(
+        f"http://{service.address}/{path}", json.dumps(content).encode(), {"Content-Type": "application/json"}
+    )
+    with urllib.request.urlopen(request, timeout=10):  # noqa: S310
+        pass
 
 
 @dataclass

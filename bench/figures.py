@@ -10,7 +10,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 SIDES = ("ours", "limit", "dynamo", "goal")
-TITLES = {"ours": "ours", "limit": "limit", "dynamo": "Dynamo 1.6.1", "goal": "goal"}
+TITLES = {
+    "ours": "ours",
+    "limit": "limit",
+    "dynamo": "Dynamo 1.6.1",
+    "select_service": "its Rust HTTP service",
+    "goal": "goal",
+}
 
 
 Row = list[str]

@@ -2,21 +2,14 @@
 
 import time
 from contextlib import ExitStack
-from typing import Protocol
 
-from bench import dynamo, meter, programs
+from bench import dynamo, meter, programs, traffic
 from bench.harness import Bench, best_by, main
 from bench.side import Side
 
 WORKERS = 64
 PATIENCE_S = 10.0
 SHAPES = ((1, 1), (1, 32), (32, 1), (256, 1))  # blocks per event, events per message
-
-
-class Reader(Protocol):
-    """A process that follows the fleet's events."""
-
-    pid: int
 
 
 def run(bench: Bench) -> None:
@@ -28,21 +21,20 @@ def run(bench: Bench) -> None:
         case = f"{per_event}x{per_message}"
         blocks_each = bench.size(20_000 if per_event * per_message > 1 else 2_000, 320)
         with ExitStack() as stack:
-            readers: dict[str, tuple[Side, Reader]] = {}
-            publisher, workers, addresses = _fleet(stack, blocks_each, per_event, per_message)
-            ours = stack.enter_context(programs.router(workers, "--router-block-size", "16"))
-            readers["ours"] = publisher, ours
-            publisher.call("await_listeners")
+            readers: dict[str, tuple[Side, int]] = {}
+            fleet = _fleet(stack, blocks_each, per_event, per_message)
+            router = fleet.router(stack)
+            readers["ours"] = fleet.publisher, router.pid
+            fleet.publisher.call("await_listeners", count=1)
             if dynamo.installed(bench):
-                publisher, _, addresses = _fleet(stack, blocks_each, per_event, per_message)
-                indexer = stack.enter_context(dynamo.indexer(addresses))
-                readers["dynamo"] = publisher, indexer
-                publisher.call("await_listeners")
+                fleet = _fleet(stack, blocks_each, per_event, per_message)
+                readers["dynamo"] = fleet.publisher, stack.enter_context(dynamo.indexer(fleet.addresses)).pid
+                fleet.publisher.call("await_listeners", count=1)
             rounds: dict[str, list[dict[str, float]]] = {name: [] for name in readers}
             for _ in range(bench.size(3, 1)):
-                for name, (publisher, reader) in readers.items():
+                for name, (publisher, pid) in readers.items():
                     bench.settle()
-                    rounds[name].append(_round(publisher, reader, ours if name == "ours" else None))
+                    rounds[name].append(_round(publisher, pid, router if name == "ours" else None))
             for name, found in rounds.items():
                 for measure, value in best_by(found).items():
                     verb, _, unit = measure.partition(".")
@@ -51,23 +43,21 @@ def run(bench: Bench) -> None:
     bench.show("events over ZMQ, blocks x events per message, CPU us per block", "stream", "us_per_block", cases)
 
 
-def _fleet(stack: ExitStack, blocks_each: int, per_event: int, per_message: int) -> tuple[Side, list[str], list[str]]:
-    publisher = stack.enter_context(Side("bench.sides.publisher"))
-    opened = publisher.call("open_workers", workers=WORKERS)
-    publisher.call("prepare_fleet", blocks_each=blocks_each, per_event=per_event, per_message=per_message)
-    workers = [f"name=w{i},url={opened['url']},events={address}" for i, address in enumerate(opened["events"])]
-    return publisher, workers, opened["events"]
+def _fleet(stack: ExitStack, blocks_each: int, per_event: int, per_message: int) -> traffic.Fleet:
+    fleet = traffic.Fleet(stack, WORKERS)
+    fleet.publisher.call("prepare_fleet", blocks_each=blocks_each, per_event=per_event, per_message=per_message)
+    return fleet
 
 
-def _round(publisher: Side, reader: Reader, router: programs.Router | None) -> dict[str, float]:
+def _round(publisher: Side, pid: int, router: programs.Router | None) -> dict[str, float]:
     found: dict[str, float] = {}
     for verb, name in (("store", "stored"), ("remove", "removed")):
-        before = meter.cpu_s(reader.pid)
+        before = meter.cpu_s(pid)
         sent = publisher.call("publish", name=name)
-        meter.wait_idle([reader.pid])
+        meter.wait_idle([pid])
         if router is not None:
             _await_blocks(router, sent["blocks"] if verb == "store" else 0)
-        taken = meter.cpu_s(reader.pid) - before
+        taken = meter.cpu_s(pid) - before
         found[f"{verb}.us_per_block"] = taken / sent["blocks"] * 1e6
         found[f"{verb}.us_per_message"] = taken / sent["messages"] * 1e6
     return found

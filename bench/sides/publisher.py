@@ -24,6 +24,7 @@ async def open_workers(workers: int) -> dict[str, Any]:
     for _ in range(workers):
         socket = context.socket(zmq.XPUB)  # a PUB socket that tells who listens
         socket.sndhwm = 0
+        socket.xpub_verbose = True  # of each, not only of the first
         events.append(f"tcp://127.0.0.1:{socket.bind_to_random_port('tcp://127.0.0.1')}")
         sockets.append(socket)
         sequence.append(0)
@@ -44,16 +45,16 @@ async def _models(_: web.Request) -> web.Response:
     return web.json_response({"data": [{"id": work.MODEL}]})
 
 
-def await_listeners() -> None:
-    """Wait until somebody listens to every worker.
+def await_listeners(count: int) -> None:
+    """Wait until so many listen to every worker.
 
     Raises:
-        TimeoutError: Nobody does.
+        TimeoutError: They do not.
     """
     for socket in sockets:
-        if not socket.poll(30_000):
-            raise TimeoutError("nobody has subscribed to the events of a worker")
-        while socket.poll(0):
+        for _ in range(count):
+            if not socket.poll(30_000):
+                raise TimeoutError("the events of a worker have fewer subscribers than expected")
             socket.recv()
 
 
