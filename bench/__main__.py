@@ -4,7 +4,9 @@ import importlib
 import sys
 import time
 import traceback
+from pathlib import Path
 
+import kvrouter_grpc
 from bench import harness
 from bench.figures import machine
 from bench.side import ROOT
@@ -24,7 +26,7 @@ def main() -> int:
     path = harness.RESULTS / ("quick.json" if bench.quick else "latest.json")
     if chosen.suites and path.exists():
         bench.figures.read(path)  # the other suites keep what they found last
-    print(machine())
+    print(f"{machine()}\nmeasured: {Path(kvrouter_grpc.__file__).parent}")
     failed = []
     for suite in chosen.suites or SUITES:
         started = time.monotonic()

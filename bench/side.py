@@ -112,9 +112,9 @@ class Side:
 
 
 def environment() -> dict[str, str]:
-    """That of the benchmark without settings of a router, and with the sources importable."""
+    """That of the benchmark, without settings of a router."""
     env = {name: value for name, value in os.environ.items() if not name.startswith(("KVROUTER_", "DYN_"))}
-    path = [str(ROOT / "src"), str(ROOT), env.get("PYTHONPATH", "")]
+    path = [env.get("PYTHONPATH", ""), str(ROOT)]
     return env | {"PYTHONPATH": os.pathsep.join(filter(None, path)), "PYTHONHASHSEED": "0"}
 
 

@@ -1,25 +1,18 @@
-"""Side: our own code in process. The one place of the benchmark that knows the router's inner interfaces."""
+"""Side: our own code in process."""
 
 import ctypes
 import gc
 import itertools
-import time
 from array import array
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from bench import meter, work
+from bench.endpoint import Endpoint
 from bench.side import serve
 from bench.sides.native import library
-from kvrouter_grpc._gen import router_pb2, router_pb2_grpc
-from kvrouter_grpc.config import RouterConfig, ServerConfig
 from kvrouter_grpc.core import RadixTree, hash_sequence
-from kvrouter_grpc.events.codec import decode_batch
-from kvrouter_grpc.routing.router import Router
-from kvrouter_grpc.server.router_service import RouterService
-from kvrouter_grpc.types import Prompt, RoutingHints, StreamState, Target, WorkerSpec, WorkerState
 
-ENDPOINT = "bench.backend.generate"
 SEED = 1337
 state: dict[str, Any] = {}  # what one call prepares for the next ones
 
@@ -99,99 +92,14 @@ def match(passes: int) -> dict[str, float]:
 # --- decide ----------------------------------------------------------------------------------------------------------
 
 
-class _Endpoint:
-    """A router with workers that may be picked, as the server would hold it."""
-
-    def __init__(self, workers: int) -> None:
-        self.router = Router(ENDPOINT, RouterConfig(seed=1, block_size=work.BLOCK))
-        self.targets: list[Target] = []
-        for number in range(workers):
-            spec = WorkerSpec(f"w{number}", f"http://127.0.0.1:{8000 + number}", ENDPOINT, (work.MODEL,), dp_size=1)
-            worker = self.router.workers.add(spec)
-            self.router.workers.set_health(worker, WorkerState.READY)
-            self.router.add_targets(worker.targets)
-            self.router.index.stream(worker.targets[0]).state = StreamState.LIVE
-            self.targets += worker.targets
-
-    def apply(self, message: tuple[int, bytes]) -> None:
-        """Apply one message of a worker, given by its number."""
-        worker, payload = message
-        self.router.index.apply(self.targets[worker], decode_batch(payload))
-
-    def feed(self, messages: Sequence[tuple[int, bytes]]) -> float:
-        """Apply (worker, message) pairs; microseconds of CPU."""
-        apply = self.apply
-        start = time.process_time_ns()
-        for message in messages:
-            apply(message)
-        return (time.process_time_ns() - start) / 1000
-
-    def load(self, blocks_each: int, pools: Sequence[int] = ()) -> dict[str, float]:
-        """Cache a fleet's work and the warm prompts of these lengths.
-
-        Returns:
-            The `blocks` held, and per block the microseconds of CPU it took (`store_us`) and the `bytes` of the index.
-        """
-        shape, taken = work.Shape(256), 0.0
-        for worker, runs in enumerate(work.fleet(len(self.targets), blocks_each)):
-            held = [run for length in pools for run in work.pool(length).held_by(worker, len(self.targets))]
-            taken += self.feed([(worker, message) for message in work.stored_messages([*runs, *held], shape)])
-        stats = self.router.index.stats()
-        blocks = stats["blocks"]
-        return {"blocks": blocks, "store_us": taken / blocks, "bytes": stats["bytes"] / blocks}
-
-
-class _Context:
-    """What the service asks of a call that fails: nothing here may."""
-
-    async def abort(self, code: Any, details: str, *_: Any) -> None:
-        raise AssertionError(f"{code}: {details}")
-
-
-class _Registry:
-    """Takes the handlers that a service registers, as a gRPC server would."""
-
-    def __init__(self) -> None:
-        self.handlers: dict[str, Any] = {}
-
-    def add_registered_method_handlers(self, _service: str, handlers: dict[str, Any]) -> None:
-        self.handlers |= handlers
-
-    def add_generic_rpc_handlers(self, _handlers: Any) -> None:
-        pass
-
-
 def prepare_decide(workers: int, blocks_each: int, lengths: list[int]) -> dict[str, float]:
-    """Build the endpoint of the `decide` suite; what `_Endpoint.load` says of it."""
-    endpoint = _Endpoint(workers)
+    """Build the endpoint of the `decide` suite; what `Endpoint.load` says of it."""
+    endpoint = Endpoint(workers)
     held = endpoint.load(blocks_each, lengths)
-    registry = _Registry()
-    service = RouterService(ServerConfig(), {ENDPOINT: endpoint.router}, None)  # type: ignore[arg-type]
-    router_pb2_grpc.add_KvRouterServicer_to_server(service, registry)  # type: ignore[arg-type]
-    handler, context = registry.handlers["BestWorkerId"], _Context()
-    read, write, method = handler.request_deserializer, handler.response_serializer, handler.unary_unary
-    router = endpoint.router
-
-    def decide(raw: bytes) -> object:
-        request = router_pb2.BestWorkerIdRequest.FromString(raw)
-        prompt = Prompt(array("I", request.token_ids))
-        return router.best_worker(prompt, RoutingHints(), model=request.model).target
-
-    def reply(raw: bytes) -> bytes:
-        step = method(read(raw), context)
-        try:
-            step.send(None)
-        except StopIteration as done:
-            written: bytes = write(done.value)
-            return written
-        raise AssertionError("a decision does not wait")
-
+    reply = endpoint.replier()
     for length in lengths:
-        requests = [
-            router_pb2.BestWorkerIdRequest(token_ids=prompt, model=work.MODEL).SerializeToString()
-            for prompt in work.pool(length).queries
-        ]
-        _register(f"decide {length}", decide, requests)
+        requests = [endpoint.request(prompt) for prompt in work.pool(length).queries]
+        _register(f"decide {length}", endpoint.decide, requests)
         _register(f"reply {length}", reply, requests)
     return held
 
@@ -207,7 +115,7 @@ def prepare_events(workers: int, blocks_each: int, per_event: int, per_message: 
     state["removed"] = list(work.rounds([work.removed_messages(runs, shape) for runs in fleet]))
     state["blocks"] = sum(len(run.names) for runs in fleet for run in runs)
     state["workers"] = workers
-    counted = _Endpoint(workers)
+    counted = Endpoint(workers)
     for verb, name in (("store", "stored"), ("remove", "removed")):
         _register(verb, counted.apply, state[name])
     gc.collect()
@@ -217,7 +125,7 @@ def prepare_events(workers: int, blocks_each: int, per_event: int, per_message: 
 
 def events() -> dict[str, float]:
     """Microseconds of CPU per block stored and removed, from raw messages, into an empty index."""
-    endpoint = _Endpoint(state["workers"])
+    endpoint = Endpoint(state["workers"])
     index, blocks = endpoint.router.index, state["blocks"]
     stored = endpoint.feed(state["stored"]) / blocks
     held = sum(index.blocks(target) for target in endpoint.targets)
@@ -232,11 +140,11 @@ def events() -> dict[str, float]:
 def memory(workers: int, blocks_each: int) -> dict[str, float]:
     """Bytes per (worker, block): what the tree counts, and by how much the process grew."""
     shape = work.Shape(32)
-    warm_up = _Endpoint(1)
+    warm_up = Endpoint(1)
     for runs in work.fleet(1, blocks_each, seed=2):  # the generator's own memory, before the first reading
         warm_up.feed([(0, message) for message in work.stored_messages(runs, shape)])
     del warm_up
-    endpoint = _Endpoint(workers)
+    endpoint = Endpoint(workers)
     before = _trimmed_rss()
     endpoint_blocks = 0
     for worker, runs in enumerate(work.fleet(workers, blocks_each)):

@@ -7,8 +7,8 @@ from collections import Counter
 
 import pytest
 from bench import work
+from bench.endpoint import Endpoint
 from bench.side import ROOT, environment
-from bench.sides.ours import _Endpoint
 
 from kvrouter_grpc.core import hash_sequence
 from kvrouter_grpc.types import Prompt
@@ -53,7 +53,7 @@ def test_workers_share_system_prompts_only() -> None:
 
 @pytest.mark.parametrize("shape", [work.Shape(1, 1), work.Shape(1, 32), work.Shape(32, 1), work.Shape(256, 3)])
 def test_messages_tell_the_router_exactly_what_is_held(shape: work.Shape) -> None:
-    endpoint = _Endpoint(2)
+    endpoint = Endpoint(2)
     fleet = list(work.fleet(2, BLOCKS))
     stored = list(work.rounds([work.stored_messages(runs, shape) for runs in fleet]))
     endpoint.feed(stored)
@@ -67,7 +67,7 @@ def test_messages_tell_the_router_exactly_what_is_held(shape: work.Shape) -> Non
 
 
 def test_prompts_of_a_pool_are_held_as_described() -> None:
-    endpoint = _Endpoint(8)
+    endpoint = Endpoint(8)
     endpoint.load(64, [512])
     index, shared = endpoint.router.index, 512 * 3 // 4 // work.BLOCK
     for position, prompt in enumerate(work.pool(512).queries):
