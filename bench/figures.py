@@ -96,4 +96,4 @@ def machine() -> str:
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
     processor = f"{len(models)} x {models[0]}" if models else "unknown CPU"
-    return f"{processor}, Linux {platform.release()}, Python {platform.python_version()}"
+    return f"{processor}, Linux {platform.release().split('-')[0]}, Python {platform.python_version()}"

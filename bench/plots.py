@@ -34,7 +34,15 @@ class Curves:
 def main() -> None:
     """Draw all."""
     # Equal figures give equal files: no time stamp, no random ids.
-    mpl.rcParams.update({"svg.hashsalt": "kvrouter", "svg.fonttype": "path", "font.size": 10, "axes.grid": True})
+    mpl.rcParams.update(
+        {
+            "svg.hashsalt": "kvrouter",
+            "svg.fonttype": "none",
+            "font.family": "sans-serif",
+            "font.size": 10,
+            "axes.grid": True,
+        }
+    )
     mpl.rcParams.update({"grid.alpha": 0.3, "axes.spines.top": False, "axes.spines.right": False})
     IMAGES.mkdir(parents=True, exist_ok=True)
     curves = Curves(ROOT / "bench/results/curves.json")

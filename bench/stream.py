@@ -1,6 +1,5 @@
 """Suite: KV events over ZeroMQ into the serving process."""
 
-import time
 from contextlib import ExitStack
 
 from bench import dynamo, meter, programs, traffic
@@ -8,7 +7,7 @@ from bench.harness import Bench, best_by, main
 from bench.side import Side
 
 WORKERS = 64
-PATIENCE_S = 10.0
+STORM = (32, 1)
 SHAPES = ((1, 1), (1, 32), (32, 1), (256, 1))  # blocks per event, events per message
 
 
@@ -35,12 +34,16 @@ def run(bench: Bench) -> None:
                 for name, (publisher, pid) in readers.items():
                     bench.settle()
                     rounds[name].append(_round(publisher, pid, router if name == "ours" else None))
+            if (per_event, per_message) == STORM:
+                bench.figures.put_all("stream.storm.ours", _storm(bench, readers["ours"][0], router))
             for name, found in rounds.items():
                 for measure, value in best_by(found).items():
                     verb, _, unit = measure.partition(".")
                     bench.figures.put(f"stream.{verb}_{case}.{name}.{unit}", value)
     cases = [f"{verb}_{a}x{b}" for verb in ("store", "remove") for a, b in SHAPES]
     bench.show("events over ZMQ, blocks x events per message, CPU us per block", "stream", "us_per_block", cases)
+    bench.show("BestWorkerId amid a storm of events, p50 ms", "stream", "p50_ms", ["calm", "storm"])
+    bench.show("BestWorkerId amid a storm of events, p99 ms", "stream", "p99_ms", ["calm", "storm"])
 
 
 def _fleet(stack: ExitStack, blocks_each: int, per_event: int, per_message: int) -> traffic.Fleet:
@@ -56,22 +59,25 @@ def _round(publisher: Side, pid: int, router: programs.Router | None) -> dict[st
         sent = publisher.call("publish", name=name)
         meter.wait_idle([pid])
         if router is not None:
-            _await_blocks(router, sent["blocks"] if verb == "store" else 0)
+            traffic.await_blocks(router, sent["blocks"] if verb == "store" else 0)
         taken = meter.cpu_s(pid) - before
         found[f"{verb}.us_per_block"] = taken / sent["blocks"] * 1e6
         found[f"{verb}.us_per_message"] = taken / sent["messages"] * 1e6
     return found
 
 
-def _await_blocks(router: programs.Router, expected: int) -> None:
-    """Wait on, if the router only seemed idle: on a busy machine it may have been kept from running."""
-    before, ends = -1, 0.0
-    while (held := router.blocks()) != expected:
-        if held != before:
-            before, ends = held, time.monotonic() + PATIENCE_S
-        elif time.monotonic() > ends:
-            raise AssertionError(f"the router holds {held} blocks instead of {expected}")
-        time.sleep(0.5)  # asking often would cost it more
+def _storm(bench: Bench, publisher: Side, router: programs.Router) -> dict[str, float]:
+    """Milliseconds of one BestWorkerId after another while all workers publish at full speed."""
+    seconds = 0.3 if bench.quick else 2.0
+    calls = {"address": router.address, "kind": "best_worker", "length": 512, "concurrency": 1, "seconds": seconds}
+    with Side("bench.sides.load") as load:
+        bench.settle()
+        calm = load.call("drive", **calls)
+        publisher.send("storm", seconds=seconds)
+        found = load.call("drive", **calls)
+        publisher.receive()
+    bench.figures.put_all("stream.calm.ours", {name: calm[name] for name in ("p50_ms", "p99_ms")})
+    return {name: found[name] for name in ("p50_ms", "p99_ms")}
 
 
 if __name__ == "__main__":

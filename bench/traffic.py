@@ -1,5 +1,6 @@
 """Servers under traffic: a fleet for them to follow, and windows of calls to each in turn."""
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any, NamedTuple
@@ -11,6 +12,7 @@ from bench.side import Side
 WORKERS = 8
 LENGTHS = (512, 8192, 32_768)
 CONCURRENCY = (1, 16, 64)
+PATIENCE_S = 10.0
 
 
 class Driver(NamedTuple):
@@ -100,3 +102,18 @@ def drive_all(bench: Bench, drivers: Mapping[str, Driver], **arguments: Any) -> 
                 }
             )
     return {name: window_by(found) for name, found in rounds.items()}
+
+
+def await_blocks(router: programs.Router, expected: int) -> None:
+    """Wait on, if the router only seemed idle: on a busy machine it may have been kept from running.
+
+    Raises:
+        AssertionError: It does not come to hold as many blocks as it should.
+    """
+    before, ends = -1, 0.0
+    while (held := router.blocks()) != expected:
+        if held != before:
+            before, ends = held, time.monotonic() + PATIENCE_S
+        elif time.monotonic() > ends:
+            raise AssertionError(f"the router holds {held} blocks instead of {expected}")
+        time.sleep(0.5)  # asking often would cost it more

@@ -13,7 +13,7 @@ _limit_hash = library("limit").limit_hash
 _limit_hash.restype = ctypes.c_double
 _limit_hash.argtypes = [
     ctypes.c_void_p,  # tokens
-    *[ctypes.c_size_t] * 2,  # blocks, block size
+    ctypes.c_size_t,  # blocks
     ctypes.c_uint64,  # seed
     *[ctypes.c_size_t] * 2,  # batches, repeats
     ctypes.c_void_p,  # out
@@ -35,7 +35,7 @@ def _hash(tokens: int, batches: int, repeats: int) -> "tuple[float, array[int]]"
     blocks = tokens // work.BLOCK
     out = array("Q", bytes(8 * blocks))
     where = prompt.buffer_info()[0]
-    taken: float = _limit_hash(where, blocks, work.BLOCK, SEED, batches, repeats, out.buffer_info()[0])
+    taken: float = _limit_hash(where, blocks, SEED, batches, repeats, out.buffer_info()[0])
     return taken / 1000, out
 
 

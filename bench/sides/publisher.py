@@ -1,6 +1,7 @@
 """Side: workers that only tell of their caches: vLLM's event sockets, and as much HTTP as introduces them."""
 
 import struct
+import sys
 import time
 from typing import Any
 
@@ -107,5 +108,14 @@ def publish(name: str, per_second: float = 0, seconds: float = 0) -> dict[str, f
     return {"blocks": blocks, "messages": sent}
 
 
+def storm(seconds: float) -> int:
+    """Send what is stored and removed over and over, as fast as the sockets take it; how many messages."""
+    ends, sent = time.perf_counter() + seconds, 0
+    while (left := ends - time.perf_counter()) > 0:
+        for name in ("stored", "removed"):
+            sent += int(publish(name, per_second=sys.maxsize, seconds=left)["messages"])
+    return sent
+
+
 if __name__ == "__main__":
-    serve([open_workers, await_listeners, prepare_fleet, prepare_pools, publish], uvloop.run)
+    serve([open_workers, await_listeners, prepare_fleet, prepare_pools, publish, storm], uvloop.run)

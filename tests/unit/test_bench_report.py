@@ -69,6 +69,7 @@ def test_page_names_the_machine_the_remarks_and_what_was_not_measured(figures: F
     text = page(figures, "1 x Abacus", ["the peer is away"])
     assert "Measured on 1 x Abacus." in text
     assert "> the peer is away" in text
+    assert "| 8192 | 4,322 | - |" in text, "the goal is not shown"
     assert "*memory per (worker, block), bytes: not measured.*" in text
 
 
