@@ -61,8 +61,9 @@ def _install(name: str, *steps: tuple[str, ...]) -> None:
 
 def main() -> int:
     """Install what can be installed; 0 in any case, since the benchmark runs without as well."""
-    # Their router needs neither torch nor the inference engines that the package asks for, hence --no-deps.
-    steps = {"dynamo": (("--no-deps", *DYNAMO), DYNAMO_NEEDS), "plots": (PLOTS,)}
+    # Their router needs neither torch nor the inference engines that the packages ask for, hence --no-deps; and last,
+    # so that pip does not complain about it.
+    steps = {"dynamo": (DYNAMO_NEEDS, ("--no-deps", *DYNAMO)), "plots": (PLOTS,)}
     for name, packages in steps.items():
         try:
             _install(name, *packages)
