@@ -32,14 +32,6 @@ def dynamo_python(bench: "Bench") -> Path | None:
     return python
 
 
-def plots_python() -> Path:
-    """The interpreter that can plot. Raises FileNotFoundError with what to do."""
-    python = CACHE / "plots/bin/python"
-    if not python.exists():
-        raise FileNotFoundError("matplotlib is not installed: make bench-peers")
-    return python
-
-
 def _install(name: str, *steps: tuple[str, ...]) -> None:
     """Make an environment, once per list of packages.
 
