@@ -7,7 +7,8 @@ CORE := $(wildcard src/kvrouter_grpc/core/*.pyx src/kvrouter_grpc/core/*.pxd src
 BUILD := pyproject.toml setup.py $(CORE)
 
 .DEFAULT_GOAL := help
-.PHONY: help build dev demo test test-vllm vllm-env lint format proto proto-check config-docs clean
+.PHONY: help build dev demo test test-vllm vllm-env lint format proto proto-check config-docs clean \
+	bench bench-quick bench-docs bench-peers
 
 help: ## This list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  \033[1m%-12s\033[0m %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -63,6 +64,20 @@ proto-check: $(VENV)/.dev ## Lint the contract, compare it with the released one
 
 config-docs: $(VENV)/.dev ## Generate the tables of docs/configuration.md
 	$(BIN)/python tools/gen_config_docs.py
+
+bench: $(VENV)/.built bench-peers ## Cost of everything beside the peers and the limit; bench/results/latest.json
+	$(BIN)/python -m bench $(ARGS)
+
+bench-quick: $(VENV)/.built ## Every suite at tiny sizes, to see that it works
+	$(BIN)/python -m bench --quick --no-peers $(ARGS)
+
+bench-docs: $(VENV)/.built bench-peers ## The plots and docs/performance.md, from the last `make bench`
+	$(BIN)/python -m bench.curves $(ARGS)
+	.cache/bench/plots/bin/python -m bench.plots
+	$(BIN)/python -m bench.page
+
+bench-peers: $(VENV)/.built ## Environments of the peers and of the plots, below .cache/bench
+	$(BIN)/python -m bench.peers
 
 clean: ## Remove what was built, environments included
 	rm -rf $(VENV) .cache build dist src/kvrouter_grpc/core/*.so src/kvrouter_grpc/core/*.c
