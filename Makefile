@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
-CORE := $(wildcard src/kvrouter_grpc/core/*.pyx src/kvrouter_grpc/core/*.pxd src/kvrouter_grpc/core/vendor/*.h)
+CORE := $(wildcard src/kvrouter_grpc/*/*.pyx src/kvrouter_grpc/core/*.pxd src/kvrouter_grpc/core/*.h src/kvrouter_grpc/core/vendor/*.h)
 BUILD := pyproject.toml setup.py $(CORE)
 
 .DEFAULT_GOAL := help
@@ -80,5 +80,5 @@ bench-peers: $(VENV)/.built ## Environments of the peers and of the plots, below
 	$(BIN)/python -m bench.peers
 
 clean: ## Remove what was built, environments included
-	rm -rf $(VENV) .cache build dist src/kvrouter_grpc/core/*.so src/kvrouter_grpc/core/*.c
+	rm -rf $(VENV) .cache build dist src/kvrouter_grpc/*/*.so src/kvrouter_grpc/*/*.c
 	find . -name __pycache__ -prune -exec rm -rf {} +

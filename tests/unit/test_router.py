@@ -21,8 +21,6 @@ from kvrouter_grpc.routing.loads import TargetLoad
 from kvrouter_grpc.routing.router import Router
 from kvrouter_grpc.routing.workers import worker_id_of
 from kvrouter_grpc.types import (
-    BlocksStored,
-    KvBatch,
     Prompt,
     RouterOverride,
     RoutingHints,
@@ -32,6 +30,8 @@ from kvrouter_grpc.types import (
     WorkerSpec,
     WorkerState,
 )
+from reference.kv_encode import encode_batch
+from reference.kv_events import BlocksStored
 
 ENDPOINT = "ns.backend.generate"
 FREE = RoutingHints()
@@ -75,7 +75,7 @@ def follow(router, target, state, batches=0):
 def hold(router, worker, words, rank=0):
     size = router.index.block_size
     event = BlocksStored(array("Q", range(1, len(words) // size + 1)), None, array("I", words), size)
-    router.index.apply(Target(worker.worker_id, rank), KvBatch(0.0, [event]))
+    router.index.apply_payload(Target(worker.worker_id, rank), encode_batch([event]))
 
 
 def prompt(words=WORDS, **kwargs):

@@ -1,8 +1,9 @@
-"""The compiled core: hashes, the radix tree of cached blocks, requests on the wire, the decision. It knows no I/O."""
+"""The compiled core: hashes, the tree of cached blocks, events and requests on the wire, the decision. No I/O."""
 
 try:
     from kvrouter_grpc.core.block_hash import hash_blocks, hash_bytes, hash_sequence, seed_for, sequence_hashes
     from kvrouter_grpc.core.decider import Choice, Decider, Policy
+    from kvrouter_grpc.core.kv_feed import Applied, BatchError, KvFeed
     from kvrouter_grpc.core.radix_tree import RadixTree
     from kvrouter_grpc.core.request_wire import split, split_batch
     from kvrouter_grpc.core.target_table import TargetTable
@@ -11,8 +12,11 @@ except ModuleNotFoundError as error:
     raise ImportError("The compiled core is missing. Build it in the source tree with: make build") from error
 
 __all__ = [
+    "Applied",
+    "BatchError",
     "Choice",
     "Decider",
+    "KvFeed",
     "Policy",
     "RadixTree",
     "TargetTable",
