@@ -17,7 +17,7 @@ from cpython.buffer cimport PyBUF_SIMPLE, PyBuffer_Release, PyObject_GetBuffer
 from libc.math cimport INFINITY, isnan
 from libc.stdint cimport INT64_MAX, int64_t, uint32_t, uint64_t
 from libc.stdlib cimport free, realloc
-from libc.string cimport memcpy, memset
+from libc.string cimport memcpy
 
 from kvrouter_grpc.core.block_hash cimport as_u64, chain_hashes, local_hashes, rehash_multimodal, sequence_run
 from kvrouter_grpc.core.cost cimport (
@@ -222,7 +222,8 @@ cdef class Decider:
     def sequence(self):
         """A copy of the sequence hashes of the last prompt."""
         cdef c_array.array seqs = c_array.clone(U64, <Py_ssize_t>self.blocks, False)
-        memcpy(seqs.data.as_ulonglongs, self.seqs, self.blocks * sizeof(uint64_t))
+        if self.blocks:
+            memcpy(seqs.data.as_ulonglongs, self.seqs, self.blocks * sizeof(uint64_t))
         return seqs
 
     # --- the prompt ------------------------------------------------------------------------------------------------

@@ -225,7 +225,7 @@ cdef class RadixTree:
             raise ValueError(f"out must be an array('I'), not array({out.typecode!r})")
         elif <size_t>len(out) < self.tree.slot_count:
             raise ValueError(f"out has {len(out)} entries, the slots need {self.tree.slot_count}")
-        else:
+        elif len(out):
             memset(out.data.as_uints, 0, <size_t>len(out) * sizeof(uint32_t))
         tree_match(&self.tree, &seqs[0] if count else NULL, count, <uint32_t*>out.data.as_uints)
         return out

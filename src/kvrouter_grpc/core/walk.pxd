@@ -23,6 +23,8 @@ cdef inline void tree_match(Tree* tree, const uint64_t* seqs, size_t count, uint
     cdef Edge* edge = NULL
     cdef Cover* cover
     cdef Cover* end
+    if tree.slot_count == 0:
+        return
     memset(out, 0, tree.slot_count * sizeof(uint32_t))
     while alive and depth < count:
         edge = tree_child(tree, seqs[depth], edge)
