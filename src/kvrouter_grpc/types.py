@@ -4,9 +4,18 @@ from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 Json = Any  # a JSON value: None, bool, int, float, str, list or dict
+
+
+class Tokens(Protocol):
+    """Token ids: a C-contiguous buffer of u32, such as `array("I")` or those that lie in a message."""
+
+    def __len__(self) -> int: ...
+    def __buffer__(self, flags: int, /) -> memoryview: ...
+    def tolist(self) -> list[int]:
+        """The ids as a list."""
 
 
 class Role(Enum):
@@ -124,13 +133,13 @@ class Prompt:
     """What decides which cached blocks fit: the tokens, and all that is folded into their hashes.
 
     Attributes:
-        tokens: Token ids, u32, `array("I")`.
+        tokens: Token ids.
         lora_name: Adapter name, "" for the base model.
         cache_salt: Tenant salt, "" for none.
         mm_hashes: Block index to the multimodal hashes (u64) of the objects in that block.
     """
 
-    tokens: "array[int]"
+    tokens: Tokens
     lora_name: str = ""
     cache_salt: str = ""
     mm_hashes: Mapping[int, Sequence[int]] = field(default_factory=dict)
@@ -186,7 +195,7 @@ class EngineRequest:
 
     request_id: str
     model: str
-    tokens: "array[int]"
+    tokens: Tokens
     params: Mapping[str, Json]
     cache_salt: str = ""
     priority: int | None = None

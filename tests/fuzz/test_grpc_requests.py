@@ -14,6 +14,7 @@ from kvrouter_grpc.config import ServerConfig
 from kvrouter_grpc.errors import InvalidRequestError
 from kvrouter_grpc.server import duration
 from kvrouter_grpc.server.hints import read_hints, read_override
+from kvrouter_grpc.server.incoming import asked_reader
 from kvrouter_grpc.server.opaque_json import read_object
 from kvrouter_grpc.server.params import read_params
 from kvrouter_grpc.server.prompt import read_prompt
@@ -107,12 +108,13 @@ def read(request):
     if isinstance(request, router_pb2.GetOverlapScoresRequest):
         read_override(request, violations)
     else:
-        read_hints(request, Role.PREFILL, violations)
+        read_hints(request, lambda: Role.PREFILL, violations)
     params = {}
     if isinstance(request, router_pb2.GenerateRequest):
         params = read_params(request, violations)
         read_object("kv_transfer_params_json", request.kv_transfer_params_json, violations)
-    read_prompt(request, "", 16, CONFIG, violations, tokenizer=False)
+    asked = asked_reader(type(request))(request.SerializeToString())
+    read_prompt(asked, "", 16, CONFIG, violations, tokenizer=False)
     violations.raise_if_any()
     json.dumps(params, allow_nan=False)  # what is let through, an engine can be given
 

@@ -220,7 +220,7 @@ async def test_a_message_over_the_size_limit():
 
 async def test_a_draining_router_refuses_new_requests():
     async with serving(Worker()) as rig:
-        rig.server._router_service.draining = True
+        rig.server._router_service.drain()
         for request in both(token_ids=[1]):
             answer = await refused(rig, request)
             assert (answer.code, answer.reason, answer.retry_s) == (StatusCode.UNAVAILABLE, "DRAINING", 1.0)

@@ -22,11 +22,11 @@ def found(violations: Violations) -> dict[str, str]:
 def hints_of(role=Role.BOTH, override=None, **routing):
     violations = Violations()
     request = router_pb2.GenerateRequest(routing=router_pb2.RoutingHints(**routing), router_config_override=override)
-    return read_hints(request, role, violations), found(violations)
+    return read_hints(request, lambda: role, violations), found(violations)
 
 
 def test_no_hints_at_all():
-    assert read_hints(router_pb2.BestWorkerIdRequest(), Role.BOTH, Violations()) == RoutingHints()
+    assert read_hints(router_pb2.BestWorkerIdRequest(), lambda: Role.BOTH, Violations()) == RoutingHints()
 
 
 def test_all_hints():

@@ -4,6 +4,7 @@ isort:skip_file
 The request path: decide where a request goes, and forward it."""
 
 from collections import abc as _abc
+from google.protobuf import any_pb2 as _any_pb2
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import duration_pb2 as _duration_pb2
 from google.protobuf import message as _message
@@ -1116,6 +1117,166 @@ class BestWorkerIdResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___BestWorkerIdResponse: _TypeAlias = BestWorkerIdResponse  # noqa: Y015
+
+@_typing.final
+class BestWorkerIdBatchRequest(_message.Message):
+    """Asks where many requests would go."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REQUESTS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def requests(self) -> _containers.RepeatedCompositeFieldContainer[Global___BestWorkerIdRequest]:
+        """The requests, at most 1,024."""
+
+    def __init__(
+        self,
+        *,
+        requests: _abc.Iterable[Global___BestWorkerIdRequest] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["requests", b"requests"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___BestWorkerIdBatchRequest: _TypeAlias = BestWorkerIdBatchRequest  # noqa: Y015
+
+@_typing.final
+class BestWorkerIdBatchResponse(_message.Message):
+    """Where the requests would go."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RESULTS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def results(self) -> _containers.RepeatedCompositeFieldContainer[Global___BestWorkerIdResult]:
+        """One per request, in their order."""
+
+    def __init__(
+        self,
+        *,
+        results: _abc.Iterable[Global___BestWorkerIdResult] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["results", b"results"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___BestWorkerIdBatchResponse: _TypeAlias = BestWorkerIdBatchResponse  # noqa: Y015
+
+@_typing.final
+class BestWorkerIdStreamRequest(_message.Message):
+    """A batch of a stream."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REQUESTS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def requests(self) -> _containers.RepeatedCompositeFieldContainer[Global___BestWorkerIdRequest]:
+        """The requests, at most 1,024."""
+
+    def __init__(
+        self,
+        *,
+        requests: _abc.Iterable[Global___BestWorkerIdRequest] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["requests", b"requests"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___BestWorkerIdStreamRequest: _TypeAlias = BestWorkerIdStreamRequest  # noqa: Y015
+
+@_typing.final
+class BestWorkerIdStreamResponse(_message.Message):
+    """The answer to one batch of a stream."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RESULTS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def results(self) -> _containers.RepeatedCompositeFieldContainer[Global___BestWorkerIdResult]:
+        """One per request of the batch, in their order."""
+
+    def __init__(
+        self,
+        *,
+        results: _abc.Iterable[Global___BestWorkerIdResult] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["results", b"results"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___BestWorkerIdStreamResponse: _TypeAlias = BestWorkerIdStreamResponse  # noqa: Y015
+
+@_typing.final
+class BestWorkerIdResult(_message.Message):
+    """The outcome of one request of a batch."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RESPONSE_FIELD_NUMBER: _builtins.int
+    STATUS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def response(self) -> Global___BestWorkerIdResponse:
+        """What BestWorkerId would have answered."""
+
+    @_builtins.property
+    def status(self) -> Global___Status:
+        """What BestWorkerId would have failed with."""
+
+    def __init__(
+        self,
+        *,
+        response: Global___BestWorkerIdResponse | None = ...,
+        status: Global___Status | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["response", b"response", "result", b"result", "status", b"status"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["response", b"response", "result", b"result", "status", b"status"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_result: _TypeAlias = _typing.Literal["response", "status"]  # noqa: Y015
+    _WhichOneofArgType_result: _TypeAlias = _typing.Literal["result", b"result"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_result) -> _WhichOneofReturnType_result | None: ...
+
+Global___BestWorkerIdResult: _TypeAlias = BestWorkerIdResult  # noqa: Y015
+
+@_typing.final
+class Status(_message.Message):
+    """Why a request failed. The same message as `google.rpc.Status`, field by field."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CODE_FIELD_NUMBER: _builtins.int
+    MESSAGE_FIELD_NUMBER: _builtins.int
+    DETAILS_FIELD_NUMBER: _builtins.int
+    code: _builtins.int
+    """The status code, a value of `google.rpc.Code`."""
+    message: _builtins.str
+    """A sentence for people."""
+    @_builtins.property
+    def details(self) -> _containers.RepeatedCompositeFieldContainer[_any_pb2.Any]:
+        """`google.rpc.ErrorInfo`, `google.rpc.BadRequest` and `google.rpc.RetryInfo`, as for a call that fails."""
+
+    def __init__(
+        self,
+        *,
+        code: _builtins.int = ...,
+        message: _builtins.str = ...,
+        details: _abc.Iterable[_any_pb2.Any] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["code", b"code", "details", b"details", "message", b"message"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Status: _TypeAlias = Status  # noqa: Y015
 
 @_typing.final
 class TargetLoad(_message.Message):

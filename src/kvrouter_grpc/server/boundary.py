@@ -1,7 +1,7 @@
 """The error boundary around every call: a status of the table leaves it, never the text of an exception."""
 
 import asyncio
-import uuid
+import secrets
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from contextlib import aclosing
 from contextvars import ContextVar
@@ -9,10 +9,10 @@ from typing import Any, TypeAlias
 
 import grpc
 import structlog
-from google.protobuf.message import DecodeError
 
-from kvrouter_grpc.errors import InvalidRequestError, RouterError
-from kvrouter_grpc.server.status import DETAILS_KEY, defect, status_of
+from kvrouter_grpc.errors import RouterError
+from kvrouter_grpc.server.incoming import Asked, readable, reader
+from kvrouter_grpc.server.status import DETAILS_KEY, Status, defect, status_of
 from kvrouter_grpc.server.violations import Violations
 
 MAX_REQUEST_ID = 256
@@ -23,12 +23,25 @@ Streaming = Callable[[Any, Context], AsyncGenerator[Any, None]]
 Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"  # generic for the type checker only
 
 _log = structlog.get_logger(__name__)
-_request_id: ContextVar[str] = ContextVar("request_id")
+_request_id: ContextVar[str] = ContextVar("request_id")  # each call runs in a task, and so in a context, of its own
 
 
-def current_request_id() -> str:
-    """The id of the call being served: the caller's `request_id`, or one that was made up."""
-    return _request_id.get()
+def name_call(given: str) -> str:
+    """The id of the call being served: the caller's, or one that is made up. From then on its log lines carry it.
+
+    A call is named when something is to be said of it, which costs too much to be done for every decision.
+    """
+    request_id = _request_id.get("")
+    if not request_id:
+        request_id = request_id_for(given)
+        _request_id.set(request_id)
+        structlog.contextvars.bind_contextvars(request_id=request_id)
+    return request_id
+
+
+def request_id_for(given: str) -> str:
+    """The caller's request id if it can be used, else one that is made up."""
+    return given if _usable(given) else secrets.token_hex(16)
 
 
 def check_request_id(text: str, violations: Violations) -> None:
@@ -37,43 +50,51 @@ def check_request_id(text: str, violations: Violations) -> None:
         violations.add("request_id", f"must be 1 to {MAX_REQUEST_ID} printable ASCII characters without spaces")
 
 
-class ErrorBoundary(grpc.aio.ServerInterceptor):
-    """Names every call for the log and turns what it raises into a status.
+def judge(error: Exception, request_id: str, method: str) -> Status:
+    """Log what a request failed with, and give the status that says so."""
+    if isinstance(error, RouterError):
+        status = status_of(error, request_id)
+        _log.debug("call refused", method=method, code=status.code.name, reason=error.reason)
+    else:
+        status = defect(request_id)
+        _log.error("call failed by a defect", method=method, exc_info=error)
+    return status
+
+
+class ErrorBoundary:
+    """Stands between the services and a server: puts the boundary around every handler that is added.
 
     Without it grpc.aio sends the text of an uncaught exception to the client. Cancellation passes through: it
     says that the client went away, that its deadline passed or that the server stops.
 
     Args:
+        server: Where the handlers go. Generated code (`add_..._to_server`) takes the boundary for it.
         write_timeout_s: Seconds that a client may leave one message of a stream untaken.
     """
 
-    def __init__(self, write_timeout_s: float) -> None:
+    def __init__(self, server: grpc.aio.Server, write_timeout_s: float) -> None:
+        self._server = server
         self._write_timeout_s = write_timeout_s
-        self._guarded: dict[str, Handler] = {}  # by method; servicers do not change
 
-    async def intercept_service(
-        self,
-        continuation: Callable[[grpc.HandlerCallDetails], "Awaitable[Handler | None]"],
-        handler_call_details: grpc.HandlerCallDetails,
-    ) -> "Handler | None":
-        """Give the call's handler with the boundary around it."""
-        method = handler_call_details.method
-        guarded = self._guarded.get(method)
-        if guarded is None:
-            handler = await continuation(handler_call_details)
-            if handler is None:  # not stored: callers choose the names of unknown methods
-                return None
-            guarded = self._guarded[method] = _guard(handler, method, self._write_timeout_s)
-        return guarded
+    def add_registered_method_handlers(self, service: str, handlers: Mapping[str, Handler]) -> None:
+        """Serve the methods of a service."""
+        guarded = {
+            name: _guard(handler, f"/{service}/{name}", self._write_timeout_s) for name, handler in handlers.items()
+        }
+        self._server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(service, guarded),))
+
+    def add_generic_rpc_handlers(self, _handlers: Any) -> None:
+        """Nothing: generated code adds each method in both ways."""
 
 
-def _guard(handler: Any, method: str, write_timeout_s: float) -> Any:
+def _guard(handler: Any, method: str, write_timeout_s: float) -> Handler:
     attribute, make = _KINDS[handler.request_streaming, handler.response_streaming]
     inner = getattr(handler, attribute)
     guarded = (
         _guard_streaming(inner, method, write_timeout_s) if handler.response_streaming else _guard_unary(inner, method)
     )
-    return make(guarded, _reader(handler.request_deserializer), handler.response_serializer)
+    guarded_handler: Handler = make(guarded, reader(handler.request_deserializer), handler.response_serializer)
+    return guarded_handler
 
 
 _KINDS: Mapping[tuple[bool, bool], tuple[str, Callable[..., Any]]] = {
@@ -85,32 +106,12 @@ _KINDS: Mapping[tuple[bool, bool], tuple[str, Callable[..., Any]]] = {
 """By whether requests and responses are streamed: the handler's attribute and what makes such a handler."""
 
 
-class _Unreadable:
-    """Stands for a request that is no message of the rpc's type."""
-
-
-def _reader(deserialize: Callable[[bytes], Any] | None) -> Callable[[bytes], Any] | None:
-    """A deserializer that does not raise: what it raises would reach the client before any handler could stop it."""
-    if deserialize is None:
-        return None
-
-    def read(data: bytes) -> Any:
-        try:
-            return deserialize(data)
-        except DecodeError:
-            return _Unreadable()
-
-    return read
-
-
 def _guard_unary(inner: Unary, method: str) -> Unary:
     async def handle(request: Any, context: Context) -> Any:
-        _name_call(request)
         try:
-            _check_readable(request)
-            return await inner(request, context)
+            return await inner(readable(request), context)
         except Exception as error:  # noqa: BLE001 - this is the boundary
-            await _abort(context, error, method)
+            await _abort(context, error, request, method)
 
     return handle
 
@@ -119,14 +120,12 @@ def _guard_streaming(inner: Streaming, method: str, write_timeout_s: float) -> U
     # A coroutine that writes, not a generator: grpc.aio drops a generator when the call is cancelled while a
     # message is being sent, and leaves its clean-up (lease, engine connection) to the garbage collector.
     async def handle(request: Any, context: Context) -> None:
-        _name_call(request)
         try:
-            _check_readable(request)
-            async with aclosing(inner(request, context)) as messages:
+            async with aclosing(inner(readable(request), context)) as messages:
                 async for message in messages:
                     await _write(context, message, write_timeout_s)
         except Exception as error:  # noqa: BLE001 - this is the boundary
-            await _abort(context, error, method)
+            await _abort(context, error, request, method)
 
     return handle
 
@@ -144,32 +143,15 @@ async def _write(context: Context, message: Any, timeout_s: float) -> None:
         raise asyncio.CancelledError from None
 
 
-def _check_readable(request: Any) -> None:
-    if isinstance(request, _Unreadable):
-        raise InvalidRequestError([("", "the message is not of the rpc's request type; is the client's contract old?")])
-
-
 def _usable(request_id: str) -> bool:
     # It travels in an HTTP header and stands in logs.
     printable = request_id.isascii() and request_id.isprintable() and " " not in request_id
     return printable and 0 < len(request_id) <= MAX_REQUEST_ID
 
 
-def _name_call(request: Any) -> None:
-    given = getattr(request, "request_id", "")
-    request_id = given if _usable(given) else uuid.uuid4().hex
-    _request_id.set(request_id)  # each call runs in a task, and so in a context, of its own
-    structlog.contextvars.bind_contextvars(request_id=request_id)
-
-
-async def _abort(context: Context, error: Exception, method: str) -> None:
+async def _abort(context: Context, error: Exception, request: Any, method: str) -> None:
     if isinstance(error, grpc.aio.AbortError):
         raise error
-    request_id = current_request_id()
-    if isinstance(error, RouterError):
-        status = status_of(error, request_id)
-        _log.debug("call refused", method=method, code=status.code.name, reason=error.reason)
-    else:
-        status = defect(request_id)
-        _log.error("call failed by a defect", method=method, exc_info=error)
+    message = request.message if isinstance(request, Asked) else request
+    status = judge(error, name_call(getattr(message, "request_id", "")), method)
     await context.abort(status.code, status.message, ((DETAILS_KEY, status.details),))

@@ -1,6 +1,6 @@
 """Reads what a request asks of the decision: pins, filters, priorities and changes of the policy."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from google.protobuf.unknown_fields import UnknownFieldSet
 
@@ -24,22 +24,27 @@ _OVERRIDE_BOUNDS: Mapping[str, Bounds] = {
     "overlap_score_weight": _NOT_NEGATIVE,
 }
 
+_NO_HINTS = RoutingHints()
+
 
 def read_hints(
-    request: router_pb2.GenerateRequest | router_pb2.BestWorkerIdRequest, role: Role, violations: Violations
+    request: router_pb2.GenerateRequest | router_pb2.BestWorkerIdRequest,
+    role: Callable[[], Role],
+    violations: Violations,
 ) -> RoutingHints:
     """Read and check the routing hints and the override of a request.
 
     Args:
         request: The request.
-        role: What the endpoint's workers are for: the phase the request is in, and so which pin counts.
+        role: What the endpoint's workers are for: the phase the request is in, and so which pin counts. Asked only
+            when there are hints.
         violations: Takes what is wrong.
     """
     override = read_override(request, violations)
     if not request.HasField("routing"):
-        return RoutingHints(override=override)
+        return _NO_HINTS if override is None else RoutingHints(override=override)
     routing = request.routing
-    worker_id, dp_rank = _read_pin(routing, role, violations)
+    worker_id, dp_rank = _read_pin(routing, role(), violations)
     allowed = None
     if routing.allowed_worker_ids and violations.check_count(
         "routing.allowed_worker_ids", routing.allowed_worker_ids, MAX_WORKERS

@@ -1,15 +1,20 @@
 """Reads what decides which cached blocks fit: the prompt, and what is folded into its hashes."""
 
-import sys
-from array import array
 from collections.abc import Mapping, Sequence
 
 from kvrouter_grpc._gen import common_pb2, router_pb2
 from kvrouter_grpc.config import ServerConfig
+from kvrouter_grpc.core import TokenIds
+from kvrouter_grpc.server.incoming import Asked
 from kvrouter_grpc.server.violations import Violations
 from kvrouter_grpc.types import Prompt
 
 PromptRequest = router_pb2.GenerateRequest | router_pb2.BestWorkerIdRequest | router_pb2.GetOverlapScoresRequest
+AskedPrompt = (
+    Asked[router_pb2.GenerateRequest]
+    | Asked[router_pb2.BestWorkerIdRequest]
+    | Asked[router_pb2.GetOverlapScoresRequest]
+)
 
 TOKEN_ID_END = 2**31  # engines keep token ids in signed 32-bit integers
 MAX_NAME = 256
@@ -17,13 +22,9 @@ MAX_SALT = 1024  # vLLM's own bound
 MAX_CHARS_PER_TOKEN = 32  # a longer text cannot fit, whatever the tokenizer
 MAX_HASHES_PER_BLOCK = 64
 
-_PACKED_FIELD_1 = 1 << 3 | 2  # tag of field 1 with wire type LEN
-_TOP_BYTE = slice(3, None, 4) if sys.byteorder == "little" else slice(0, None, 4)
-_BELOW_128 = bytes(range(128))
-
 
 def read_prompt(
-    request: PromptRequest,
+    asked: AskedPrompt,
     lora_name: str,
     block_size: int,
     config: ServerConfig,
@@ -34,28 +35,23 @@ def read_prompt(
     """Read and check the prompt of a request.
 
     Args:
-        request: The request.
+        asked: The request.
         lora_name: The adapter it is for, "" for the base model.
         block_size: Tokens per block of the endpoint, 0 while it is not known.
         config: Its limits.
         violations: Takes what is wrong.
-        tokenizer: Whether prompts may be given as text. The tokens of such a prompt are left empty.
+        tokenizer: Whether prompts may be given as text. The tokens of such a prompt are empty.
     """
+    request, tokens = asked
     violations.check_text("lora_name", request.lora_name, MAX_NAME)
     violations.check_text("cache_salt", request.cache_salt, MAX_SALT)
-    tokens = array("I")
     if request.text:
-        _check_text(request, config, violations, tokenizer=tokenizer)
-    elif not request.token_ids:
-        violations.add("token_ids", "is empty; give the prompt as at least one token id, or as text")
-    elif len(request.token_ids) > config.max_prompt_tokens:
-        violations.add("token_ids", too_long(len(request.token_ids), config))
+        _check_text(request, tokens, config, violations, tokenizer=tokenizer)
     else:
-        tokens = _token_array(request)
         _check_tokens(tokens, config, violations)
-    mm_hashes = (
-        _read_mm_hashes(request.block_mm_hashes, len(tokens), block_size, violations) if request.block_mm_hashes else {}
-    )
+    mm_hashes: Mapping[int, Sequence[int]] = {}
+    if request.block_mm_hashes and tokens:
+        mm_hashes = _read_mm_hashes(request.block_mm_hashes, len(tokens), block_size, violations)
     return Prompt(tokens, lora_name, request.cache_salt, mm_hashes)
 
 
@@ -64,38 +60,10 @@ def too_long(tokens: int, config: ServerConfig) -> str:
     return f"has {tokens} tokens, at most {config.max_prompt_tokens} are allowed (server.max_prompt_tokens)"
 
 
-def _token_array(request: PromptRequest) -> "array[int]":
-    """The token ids, copied from the packed field of the message as it is on the wire.
-
-    A packed field of fixed32 is an array of little-endian u32. Walking the field from Python would make an object
-    per token, which takes a hundred times as long as all else that is read of a long prompt.
-    """
-    tokens = array("I")
-    packed = _first_field(request.SerializeToString(), 4 * len(request.token_ids))
-    if packed is None:
-        return array("I", request.token_ids)
-    tokens.frombytes(packed)
-    if sys.byteorder == "big":
-        tokens.byteswap()
-    return tokens
-
-
-def _first_field(message: bytes, size: int) -> memoryview | None:
-    """The content of field 1 if the message starts with it and it has `size` bytes, else None."""
-    if not message or message[0] != _PACKED_FIELD_1:
-        return None
-    length, position, shift = 0, 1, 0
-    while True:  # a varint: seven bits per byte, lowest first, the top bit says that more follow
-        byte = message[position]
-        length |= (byte & 0x7F) << shift
-        position, shift = position + 1, shift + 7
-        if byte < 0x80:
-            break
-    return memoryview(message)[position : position + size] if length == size else None
-
-
-def _check_text(request: PromptRequest, config: ServerConfig, violations: Violations, *, tokenizer: bool) -> None:
-    if request.token_ids:
+def _check_text(
+    request: PromptRequest, tokens: TokenIds, config: ServerConfig, violations: Violations, *, tokenizer: bool
+) -> None:
+    if tokens:
         violations.add("text", "is given beside token_ids; give one of them")
     elif not tokenizer:
         violations.add("text", "this router has no tokenizer; send token_ids, or start it with server.tokenizer set")
@@ -109,17 +77,19 @@ def _check_text(request: PromptRequest, config: ServerConfig, violations: Violat
         violations.add("block_mm_hashes", "needs token_ids: the blocks of a text are not known to its sender")
 
 
-def _check_tokens(tokens: "array[int]", config: ServerConfig, violations: Violations) -> None:
-    # Without a Python object per token: the ids that are too large have a top byte above 127.
-    if tokens.tobytes()[_TOP_BYTE].translate(None, _BELOW_128):
-        _add_token(tokens, TOKEN_ID_END, "2^31", violations)
-    elif config.vocab_size is not None and max(tokens) >= config.vocab_size:
-        _add_token(tokens, config.vocab_size, f"the vocabulary size {config.vocab_size}", violations)
-
-
-def _add_token(tokens: "array[int]", end: int, name: str, violations: Violations) -> None:
-    position, token = next((position, token) for position, token in enumerate(tokens) if token >= end)
-    violations.add(f"token_ids[{position}]", f"must be below {name}, got {token}")
+def _check_tokens(tokens: TokenIds, config: ServerConfig, violations: Violations) -> None:
+    if not tokens:
+        violations.add("token_ids", "is empty; give the prompt as at least one token id, or as text")
+        return
+    if len(tokens) > config.max_prompt_tokens:
+        violations.add("token_ids", too_long(len(tokens), config))
+        return
+    vocab_size = config.vocab_size
+    position = tokens.first_at_least(TOKEN_ID_END if vocab_size is None else min(vocab_size, TOKEN_ID_END))
+    if position >= 0:
+        token = memoryview(tokens)[position]
+        end = "2^31" if token >= TOKEN_ID_END else f"the vocabulary size {vocab_size}"
+        violations.add(f"token_ids[{position}]", f"must be below {end}, got {token}")
 
 
 def _read_mm_hashes(
@@ -129,7 +99,7 @@ def _read_mm_hashes(
     violations: Violations,
 ) -> Mapping[int, Sequence[int]]:
     full_blocks = tokens // (block_size or 1)
-    if not tokens or not violations.check_count("block_mm_hashes", blocks, full_blocks):
+    if not violations.check_count("block_mm_hashes", blocks, full_blocks):
         return {}
     found: dict[int, Sequence[int]] = {}
     for position, block in enumerate(blocks):

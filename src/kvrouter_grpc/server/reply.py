@@ -19,65 +19,60 @@ FINISH_REASONS = {
 }
 
 
-def routing_data(decision: Decision, request_id: str, attempts: int) -> router_pb2.RoutingData:
+# Messages are filled field by field: that takes less than half as long as keyword arguments and submessages.
+
+
+def write_routing_data(message: router_pb2.RoutingData, decision: Decision, request_id: str, attempts: int) -> None:
     """The decision behind a stream."""
-    return router_pb2.RoutingData(
-        worker_id=decision.target.worker_id,
-        dp_rank=decision.target.dp_rank,
-        worker_name=decision.worker_name,
-        overlap=overlap_message(decision.overlap),
-        expected_cached_tokens=decision.expected_cached_tokens,
-        prompt_tokens=decision.prompt_tokens,
-        attempts=attempts,
-        freshness=decision.freshness,
-        request_id=request_id,
-    )
+    message.worker_id, message.dp_rank = decision.target
+    message.worker_name = decision.worker_name
+    _write_overlap(message.overlap, decision.overlap)
+    message.expected_cached_tokens = decision.expected_cached_tokens
+    message.prompt_tokens = decision.prompt_tokens
+    message.attempts = attempts
+    message.freshness = decision.freshness
+    message.request_id = request_id
 
 
-def best_worker_reply(decision: Decision, load: TargetLoad) -> router_pb2.BestWorkerIdResponse:
+def write_best_worker(message: router_pb2.BestWorkerIdResponse, decision: Decision, load: TargetLoad) -> None:
     """The decision and the load of its target."""
-    return router_pb2.BestWorkerIdResponse(
-        worker_id=decision.target.worker_id,
-        dp_rank=decision.target.dp_rank,
-        worker_name=decision.worker_name,
-        url=decision.url,
-        overlap=overlap_message(decision.overlap),
-        overlap_blocks=decision.overlap.total,
-        expected_cached_tokens=decision.expected_cached_tokens,
-        prompt_tokens=decision.prompt_tokens,
-        block_size=decision.block_size,
-        cost=decision.cost,
-        freshness=decision.freshness,
-        load=router_pb2.TargetLoad(
-            active_requests=load.active_requests,
-            queued_prefill_tokens=load.queued_prefill_tokens,
-            active_blocks=load.active_blocks,
-        ),
-        candidates=[candidate_message(candidate) for candidate in decision.candidates],
-    )
+    message.worker_id, message.dp_rank = decision.target
+    message.worker_name = decision.worker_name
+    message.url = decision.url
+    _write_overlap(message.overlap, decision.overlap)
+    message.overlap_blocks = decision.overlap.total
+    message.expected_cached_tokens = decision.expected_cached_tokens
+    message.prompt_tokens = decision.prompt_tokens
+    message.block_size = decision.block_size
+    message.cost = decision.cost
+    message.freshness = decision.freshness
+    booked = message.load
+    booked.active_requests = load.active_requests
+    booked.queued_prefill_tokens = load.queued_prefill_tokens
+    booked.active_blocks = load.active_blocks
+    if decision.candidates:
+        message.candidates.extend(map(candidate_message, decision.candidates))
+
+
+def _write_overlap(message: common_pb2.Overlap, overlap: Overlap) -> None:
+    message.device_blocks = overlap.device
+    message.host_blocks = overlap.host
+    message.disk_blocks = overlap.disk
+    message.remote_blocks = overlap.remote
 
 
 def candidate_message(candidate: Candidate) -> common_pb2.Candidate:
     """One target as the decision saw it."""
-    return common_pb2.Candidate(
+    message = common_pb2.Candidate(
         worker_id=candidate.target.worker_id,
         dp_rank=candidate.target.dp_rank,
         worker_name=candidate.worker_name,
-        overlap=overlap_message(candidate.overlap),
         cost=candidate.cost,
         terms=[common_pb2.CostTerm(name=name, value=value) for name, value in candidate.terms.items()],
         dropped=candidate.dropped,
     )
-
-
-def overlap_message(overlap: Overlap) -> common_pb2.Overlap:
-    """Blocks by tier."""
-    return common_pb2.Overlap(
-        device_blocks=overlap.device,
-        host_blocks=overlap.host,
-        disk_blocks=overlap.disk,
-        remote_blocks=overlap.remote,
-    )
+    _write_overlap(message.overlap, candidate.overlap)
+    return message
 
 
 def overlap_scores_reply(scores: OverlapScores) -> router_pb2.GetOverlapScoresResponse:

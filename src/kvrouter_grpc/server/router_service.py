@@ -1,30 +1,41 @@
 """The service KvRouter: validate, call, convert."""
 
-from collections.abc import AsyncGenerator, Mapping
+import asyncio
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from contextlib import aclosing
 from dataclasses import replace
+from typing import Any, cast
 
-from kvrouter_grpc._gen import router_pb2, router_pb2_grpc
+import grpc
+
+from kvrouter_grpc._gen import router_pb2
 from kvrouter_grpc.config import ServerConfig
 from kvrouter_grpc.errors import DrainingError, InvalidRequestError
 from kvrouter_grpc.routing.router import Router
 from kvrouter_grpc.server import duration
-from kvrouter_grpc.server.boundary import Context, check_request_id, current_request_id
+from kvrouter_grpc.server.boundary import Context, Handler, check_request_id, judge, name_call, request_id_for
 from kvrouter_grpc.server.endpoints import Endpoints
 from kvrouter_grpc.server.hints import read_hints, read_override
+from kvrouter_grpc.server.incoming import Asked, Batch, Unreadable, asked_reader, batch_reader, readable
 from kvrouter_grpc.server.opaque_json import read_object
 from kvrouter_grpc.server.params import read_params
-from kvrouter_grpc.server.prompt import MAX_NAME, PromptRequest, read_prompt, too_long
-from kvrouter_grpc.server.reply import AnswerWriter, best_worker_reply, overlap_scores_reply, routing_data
+from kvrouter_grpc.server.prompt import MAX_NAME, AskedPrompt, read_prompt, too_long
+from kvrouter_grpc.server.reply import AnswerWriter, overlap_scores_reply, write_best_worker, write_routing_data
 from kvrouter_grpc.server.tokenizer import Tokenizer
 from kvrouter_grpc.server.violations import Violations
 from kvrouter_grpc.types import EngineRequest, Prompt
 from kvrouter_grpc.upstream.relay import Relay
 
 QUERY_ONLY = "query_instance_id"
+MAX_BATCH = 1024
+SLICE_S = 0.001
+"""How long a batch is worked on before others get their turn."""
+
+AskedBest = Asked[router_pb2.BestWorkerIdRequest]
+BestBatch = Batch[router_pb2.BestWorkerIdRequest]
 
 
-class RouterService(router_pb2_grpc.KvRouterServicer):
+class RouterService:
     """Serves KvRouter.
 
     Args:
@@ -32,9 +43,6 @@ class RouterService(router_pb2_grpc.KvRouterServicer):
         routers: Endpoint to router.
         relay: Forwards to the workers.
         tokenizer: For prompts given as text; None refuses them.
-
-    Attributes:
-        draining: Refuse new requests; those in flight go on.
     """
 
     def __init__(
@@ -44,29 +52,74 @@ class RouterService(router_pb2_grpc.KvRouterServicer):
         relay: Relay,
         tokenizer: Tokenizer | None = None,
     ) -> None:
-        self.draining = False
         self._config = config
         self._endpoints = Endpoints(routers)
         self._relay = relay
         self._tokenizer = tokenizer
+        self._draining = False
+        self._idle: set[asyncio.Timeout] = set()  # of the streams that wait for their next batch
 
-    async def Generate(  # noqa: N802 - the names of the rpcs, here and below
-        self, request: router_pb2.GenerateRequest, _context: Context
+    def handlers(self) -> Mapping[str, Handler]:
+        """The methods by their names in the contract, with what reads and writes their messages."""
+        one = asked_reader(router_pb2.BestWorkerIdRequest)
+        many = batch_reader(router_pb2.BestWorkerIdRequest, MAX_BATCH)
+        return {
+            "Generate": grpc.unary_stream_rpc_method_handler(
+                self.generate, asked_reader(router_pb2.GenerateRequest), router_pb2.GenerateResponse.SerializeToString
+            ),
+            "BestWorkerId": grpc.unary_unary_rpc_method_handler(
+                self.best_worker_id, one, router_pb2.BestWorkerIdResponse.SerializeToString
+            ),
+            "BestWorkerIdBatch": grpc.unary_unary_rpc_method_handler(
+                self.best_worker_id_batch, many, router_pb2.BestWorkerIdBatchResponse.SerializeToString
+            ),
+            "BestWorkerIdStream": grpc.stream_stream_rpc_method_handler(
+                self.best_worker_id_stream, many, router_pb2.BestWorkerIdStreamResponse.SerializeToString
+            ),
+            "GetOverlapScores": grpc.unary_unary_rpc_method_handler(
+                self.get_overlap_scores,
+                asked_reader(router_pb2.GetOverlapScoresRequest),
+                router_pb2.GetOverlapScoresResponse.SerializeToString,
+            ),
+            "MarkPrefillComplete": grpc.unary_unary_rpc_method_handler(
+                self.mark_prefill_complete,
+                router_pb2.MarkPrefillCompleteRequest.FromString,
+                router_pb2.MarkPrefillCompleteResponse.SerializeToString,
+            ),
+            "Free": grpc.unary_unary_rpc_method_handler(
+                self.free, router_pb2.FreeRequest.FromString, router_pb2.FreeResponse.SerializeToString
+            ),
+        }
+
+    def drain(self) -> None:
+        """Refuse new requests; those in flight go on."""
+        self._draining = True
+        for waiting in self._idle:
+            waiting.reschedule(0)
+
+    # --- the methods of the contract ------------------------------------------------------------------------------
+
+    async def generate(
+        self, asked: Asked[router_pb2.GenerateRequest], _context: Context
     ) -> AsyncGenerator[router_pb2.GenerateResponse, None]:
-        """See the contract."""
+        """See the contract, here and below."""
         self._refuse_when_draining()
+        request = asked.message
+        request_id = name_call(request.request_id)
         router = self._endpoints.one(request.endpoint)
         violations = Violations()
         check_request_id(request.request_id, violations)
-        hints = read_hints(request, router.role, violations)
+        hints = read_hints(request, lambda: router.role, violations)
         params = read_params(request, violations)
         transfer = read_object("kv_transfer_params_json", request.kv_transfer_params_json, violations)
-        prompt = await self._read_prompt(request, request.model, router, violations)
+        prompt = self._read_prompt(asked, request.model, router, violations)
+        if request.text:
+            prompt = await self._tokenized(prompt, request.text)
         model = router.model_for(request.model, prompt.lora_name)
-        request_id = current_request_id()
         if any(mark.partition(":")[0] == QUERY_ONLY for mark in request.annotations):
-            decision = router.best_worker(prompt, hints, model=model)
-            yield router_pb2.GenerateResponse(routing=routing_data(decision, request_id, attempts=0))
+            message = router_pb2.GenerateResponse()
+            write_routing_data(message.routing, router.best_worker(prompt, hints, model=model), request_id, attempts=0)
+            yield message
             return
         engine_request = EngineRequest(
             request_id=request_id,
@@ -84,65 +137,134 @@ class RouterService(router_pb2_grpc.KvRouterServicer):
                 if step.decision is not None:
                     if not messages:
                         messages = [router_pb2.GenerateResponse()]
-                    messages[0].routing.CopyFrom(routing_data(step.decision, request_id, step.attempts))
+                    write_routing_data(messages[0].routing, step.decision, request_id, step.attempts)
                 for message in messages:
                     yield message
 
-    async def BestWorkerId(  # noqa: N802
-        self, request: router_pb2.BestWorkerIdRequest, _context: Context
-    ) -> router_pb2.BestWorkerIdResponse:
-        """See the contract."""
+    async def best_worker_id(self, asked: AskedBest, _context: Context) -> router_pb2.BestWorkerIdResponse:
+        """Decide one."""
+        reply = router_pb2.BestWorkerIdResponse()
+        await self._decide(asked, reply)
+        return reply
+
+    async def best_worker_id_batch(self, batch: BestBatch, _context: Context) -> router_pb2.BestWorkerIdBatchResponse:
+        """Decide many."""
         self._refuse_when_draining()
+        reply = router_pb2.BestWorkerIdBatchResponse()
+        await self._decide_all(batch, reply)
+        return reply
+
+    async def best_worker_id_stream(
+        self, _batches: AsyncIterator[BestBatch | Unreadable], context: Context
+    ) -> AsyncGenerator[router_pb2.BestWorkerIdStreamResponse, None]:
+        """Decide many, again and again."""
+        while (batch := await self._next_batch(context)) is not grpc.aio.EOF:
+            reply = router_pb2.BestWorkerIdStreamResponse()
+            await self._decide_all(readable(batch), reply)
+            yield reply
+
+    async def get_overlap_scores(
+        self, asked: Asked[router_pb2.GetOverlapScoresRequest], _context: Context
+    ) -> router_pb2.GetOverlapScoresResponse:
+        """Look, without deciding."""
+        request = asked.message
+        router = self._endpoints.one(request.endpoint)
+        violations = Violations()
+        override = read_override(request, violations)
+        prompt = self._read_prompt(asked, "", router, violations)
+        if request.text:
+            prompt = await self._tokenized(prompt, request.text)
+        if prompt.lora_name:
+            router.model_for("", prompt.lora_name)  # an unknown adapter is an error, not zero blocks everywhere
+        return overlap_scores_reply(router.overlap_scores(prompt, override))
+
+    async def mark_prefill_complete(
+        self, request: router_pb2.MarkPrefillCompleteRequest, _context: Context
+    ) -> router_pb2.MarkPrefillCompleteResponse:
+        """Note the first token of a reservation."""
+        router = self._reserved_on(request)
+        router.mark_prefill_complete(request.request_id)
+        return router_pb2.MarkPrefillCompleteResponse()
+
+    async def free(self, request: router_pb2.FreeRequest, _context: Context) -> router_pb2.FreeResponse:
+        """End a reservation."""
+        router = self._reserved_on(request)
+        router.free(request.request_id)
+        return router_pb2.FreeResponse()
+
+    # --- decisions ------------------------------------------------------------------------------------------------
+
+    async def _decide(self, asked: AskedBest, reply: router_pb2.BestWorkerIdResponse) -> None:
+        """Fill the reply to one request. Gives way to others only when a text is tokenized."""
+        self._refuse_when_draining()
+        request = asked.message
         router = self._endpoints.one(request.endpoint)
         violations = Violations()
         check_request_id(request.request_id, violations)
-        hints = read_hints(request, router.role, violations)
+        hints = read_hints(request, lambda: router.role, violations)
         ttl_s = duration.read("ttl", request.ttl, violations) if request.HasField("ttl") else None
         if request.reserve and not request.request_id:
             violations.add("request_id", "is empty; a reservation needs a name to be freed by")
         if ttl_s is not None and not request.reserve:
             violations.add("ttl", "is the life of a reservation; set reserve, or leave it out")
-        prompt = await self._read_prompt(request, request.model, router, violations)
+        prompt = self._read_prompt(asked, request.model, router, violations)
+        if request.text:
+            prompt = await self._tokenized(prompt, request.text)
         model = router.model_for(request.model, prompt.lora_name)
         explain = request.include_candidates
-        if not request.reserve:
+        if request.reserve:
+            lease = router.lease(request.request_id, prompt, hints, model=model, ttl_s=ttl_s, explain=explain)
+            decision = lease.decision
+            duration.write(reply.reservation_ttl, lease.expires_in_s)
+        else:
             decision = router.best_worker(prompt, hints, model=model, explain=explain)
-            return best_worker_reply(decision, router.load(decision.target))
-        lease = router.lease(request.request_id, prompt, hints, model=model, ttl_s=ttl_s, explain=explain)
-        reply = best_worker_reply(lease.decision, router.load(lease.decision.target))
-        duration.write(reply.reservation_ttl, lease.expires_in_s)
-        return reply
+        write_best_worker(reply, decision, router.load(decision.target))
 
-    async def GetOverlapScores(  # noqa: N802
-        self, request: router_pb2.GetOverlapScoresRequest, _context: Context
-    ) -> router_pb2.GetOverlapScoresResponse:
-        """See the contract."""
-        router = self._endpoints.one(request.endpoint)
-        violations = Violations()
-        override = read_override(request, violations)
-        prompt = await self._read_prompt(request, "", router, violations)
-        if prompt.lora_name:
-            router.model_for("", prompt.lora_name)  # an unknown adapter is an error, not zero blocks everywhere
-        return overlap_scores_reply(router.overlap_scores(prompt, override))
+    async def _decide_all(
+        self,
+        batch: BestBatch,
+        reply: router_pb2.BestWorkerIdBatchResponse | router_pb2.BestWorkerIdStreamResponse,
+    ) -> None:
+        """Fill the results of a batch."""
+        if batch.total > MAX_BATCH:
+            text = f"has {batch.total} entries, at most {MAX_BATCH} are allowed; send the others in another batch"
+            raise InvalidRequestError([("requests", text)])
+        clock = asyncio.get_running_loop().time
+        turn_ends = clock() + SLICE_S
+        for asked in batch.requests:
+            result = reply.results.add()
+            try:
+                await self._decide(readable(asked), result.response)
+            except Exception as error:  # noqa: BLE001 - the boundary of one request
+                given = asked.message.request_id if isinstance(asked, Asked) else ""
+                status = judge(error, request_id_for(given), "BestWorkerId in a batch")
+                result.status.MergeFromString(status.details)
+            if clock() > turn_ends:
+                await asyncio.sleep(0)
+                turn_ends = clock() + SLICE_S
 
-    async def MarkPrefillComplete(  # noqa: N802
-        self, request: router_pb2.MarkPrefillCompleteRequest, _context: Context
-    ) -> router_pb2.MarkPrefillCompleteResponse:
-        """See the contract."""
-        router = self._reserved_on(request)
-        router.mark_prefill_complete(request.request_id)
-        return router_pb2.MarkPrefillCompleteResponse()
+    async def _next_batch(self, context: Context) -> Any:
+        """The next batch of a stream, `grpc.aio.EOF` at its end.
 
-    async def Free(  # noqa: N802
-        self, request: router_pb2.FreeRequest, _context: Context
-    ) -> router_pb2.FreeResponse:
-        """See the contract."""
-        router = self._reserved_on(request)
-        router.free(request.request_id)
-        return router_pb2.FreeResponse()
+        Raises:
+            DrainingError: The router shuts down; a stream that waits must not hold that up.
+        """
+        self._refuse_when_draining()
+        try:
+            async with asyncio.timeout(None) as waiting:
+                self._idle.add(waiting)
+                try:
+                    return await context.read()
+                finally:
+                    self._idle.discard(waiting)
+        except TimeoutError:
+            self._refuse_when_draining()
+            raise
+
+    # --- requests -------------------------------------------------------------------------------------------------
 
     def _refuse_when_draining(self) -> None:
-        if self.draining:
+        if self._draining:
             raise DrainingError("the router is shutting down; send the request to another one")
 
     def _reserved_on(self, request: router_pb2.MarkPrefillCompleteRequest | router_pb2.FreeRequest) -> Router:
@@ -153,26 +275,28 @@ class RouterService(router_pb2_grpc.KvRouterServicer):
         violations.raise_if_any()
         return self._endpoints.one(request.endpoint)
 
-    async def _read_prompt(self, request: PromptRequest, model: str, router: Router, violations: Violations) -> Prompt:
-        """The prompt. Reads last, so it raises what all readers found."""
+    def _read_prompt(self, asked: AskedPrompt, model: str, router: Router, violations: Violations) -> Prompt:
+        """The prompt; without its tokens when it is a text. Reads last, so it raises what all readers found."""
         violations.check_text("model", model, MAX_NAME)
+        lora_name = asked.message.lora_name
         adapter = router.lora_of(model) if model else ""
-        if adapter and request.lora_name not in {"", adapter}:
+        if adapter and lora_name not in {"", adapter}:
             violations.add("lora_name", f"differs from the adapter that model names ({adapter}); give one")
-        lora_name = request.lora_name or adapter
         prompt = read_prompt(
-            request,
-            lora_name,
+            asked,
+            lora_name or adapter,
             router.index.block_size,
             self._config,
             violations,
             tokenizer=self._tokenizer is not None,
         )
         violations.raise_if_any()
-        if request.text and self._tokenizer is not None:
-            tokens = await self._tokenizer.encode(request.text)
-            if not 0 < len(tokens) <= self._config.max_prompt_tokens:
-                text = too_long(len(tokens), self._config) if tokens else "has no tokens"
-                raise InvalidRequestError([("text", text)])
-            prompt = replace(prompt, tokens=tokens)
         return prompt
+
+    async def _tokenized(self, prompt: Prompt, text: str) -> Prompt:
+        """The prompt with the tokens of its text."""
+        tokens = await cast("Tokenizer", self._tokenizer).encode(text)  # without one, texts were refused
+        if not 0 < len(tokens) <= self._config.max_prompt_tokens:
+            fault = too_long(len(tokens), self._config) if tokens else "has no tokens"
+            raise InvalidRequestError([("text", fault)])
+        return replace(prompt, tokens=tokens)

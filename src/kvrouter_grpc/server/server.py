@@ -2,13 +2,13 @@
 
 import asyncio
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection
+from grpc_reflection.v1alpha import reflection, reflection_pb2_grpc
 
-from kvrouter_grpc._gen import admin_pb2, admin_pb2_grpc, router_pb2, router_pb2_grpc
+from kvrouter_grpc._gen import admin_pb2, admin_pb2_grpc, router_pb2
 from kvrouter_grpc.config import ServerConfig
 from kvrouter_grpc.config.section import split_host_port
 from kvrouter_grpc.discovery.fleet import Fleet
@@ -64,11 +64,10 @@ class GrpcServer:
             ConfigError: An address cannot be bound.
         """
         config = self._config
-        shared = config.admin_listen is None
-        public = self._server(ROUTER, ADMIN) if shared else self._server(ROUTER)
-        router_pb2_grpc.add_KvRouterServicer_to_server(self._router_service, public)
-        private = public if shared else self._server(ADMIN)
-        admin_pb2_grpc.add_KvRouterAdminServicer_to_server(self._admin_service, private)
+        if config.admin_listen is None:
+            public = private = self._server(ROUTER, ADMIN)
+        else:
+            public, private = self._server(ROUTER), self._server(ADMIN)
         router_address = admin_address = _bind(public, "server.listen", config.listen)
         if config.admin_listen is not None:
             admin_address = _bind(private, "server.admin_listen", config.admin_listen)
@@ -79,7 +78,7 @@ class GrpcServer:
 
     async def stop(self, grace_s: float) -> None:
         """Take no new calls, give those in flight `grace_s` seconds, then end them. May be called again."""
-        self._router_service.draining = True
+        self._router_service.drain()
         self.health.close()
         async with asyncio.TaskGroup() as group:
             for server in self._servers:
@@ -88,11 +87,18 @@ class GrpcServer:
             self._tokenizer.close()
 
     def _server(self, *services: str) -> grpc.aio.Server:
-        boundary = ErrorBoundary(self._config.write_timeout_s)
-        server = grpc.aio.server(interceptors=[boundary], options=server_options(self._config))
-        health_pb2_grpc.add_HealthServicer_to_server(self.health, server)
+        server = grpc.aio.server(options=server_options(self._config))
+        boundary = ErrorBoundary(server, self._config.write_timeout_s)
+        if ROUTER in services:
+            boundary.add_registered_method_handlers(ROUTER, self._router_service.handlers())
+        if ADMIN in services:
+            admin_pb2_grpc.add_KvRouterAdminServicer_to_server(self._admin_service, cast("grpc.aio.Server", boundary))
+        health_pb2_grpc.add_HealthServicer_to_server(self.health, boundary)
         if self._config.reflection:
-            reflection.enable_server_reflection([*services, HEALTH, reflection.SERVICE_NAME], server)
+            names = [*services, HEALTH, reflection.SERVICE_NAME]
+            reflection_pb2_grpc.add_ServerReflectionServicer_to_server(
+                reflection.aio.ReflectionServicer(names), boundary
+            )
         self._servers.append(server)
         return server
 

@@ -5,6 +5,7 @@ from urllib.parse import quote
 
 import msgspec
 
+from kvrouter_grpc.core import json_array
 from kvrouter_grpc.errors import InvalidRequestError
 from kvrouter_grpc.types import EngineRequest, Json
 
@@ -24,7 +25,7 @@ def request_body(request: EngineRequest) -> bytes:
     body: dict[str, Json] = dict(request.params)
     if request.model:
         body["model"] = request.model
-    body["prompt"] = request.tokens.tolist()
+    body["prompt"] = msgspec.Raw(json_array(request.tokens))
     body["return_token_ids"] = True
     body["stream"] = request.streams
     if request.streams:

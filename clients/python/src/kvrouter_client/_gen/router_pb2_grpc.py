@@ -49,6 +49,16 @@ class KvRouterStub:
                 request_serializer=kvrouter_dot_v1_dot_router__pb2.BestWorkerIdRequest.SerializeToString,
                 response_deserializer=kvrouter_dot_v1_dot_router__pb2.BestWorkerIdResponse.FromString,
                 _registered_method=True)
+        self.BestWorkerIdBatch = channel.unary_unary(
+                '/kvrouter.v1.KvRouter/BestWorkerIdBatch',
+                request_serializer=kvrouter_dot_v1_dot_router__pb2.BestWorkerIdBatchRequest.SerializeToString,
+                response_deserializer=kvrouter_dot_v1_dot_router__pb2.BestWorkerIdBatchResponse.FromString,
+                _registered_method=True)
+        self.BestWorkerIdStream = channel.stream_stream(
+                '/kvrouter.v1.KvRouter/BestWorkerIdStream',
+                request_serializer=kvrouter_dot_v1_dot_router__pb2.BestWorkerIdStreamRequest.SerializeToString,
+                response_deserializer=kvrouter_dot_v1_dot_router__pb2.BestWorkerIdStreamResponse.FromString,
+                _registered_method=True)
         self.GetOverlapScores = channel.unary_unary(
                 '/kvrouter.v1.KvRouter/GetOverlapScores',
                 request_serializer=kvrouter_dot_v1_dot_router__pb2.GetOverlapScoresRequest.SerializeToString,
@@ -110,6 +120,32 @@ class KvRouterServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def BestWorkerIdBatch(self, request, context):
+        """Answers many BestWorkerId requests in one call, for callers that decide at a high rate: most of what a call costs is
+        the call.
+
+        The requests are decided in their order, and each by itself: a request that fails has a status where the others have
+        their answers. The call as a whole succeeds unless it breaks its own contract.
+
+        Status codes: INVALID_ARGUMENT (more than 1,024 requests), INTERNAL. Those of the single requests, as for
+        BestWorkerId, are in their results.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def BestWorkerIdStream(self, request_iterator, context):
+        """The same as a stream of batches: saves the rest of what a call costs. The replies come in the order of the batches.
+
+        The router ends the stream when it shuts down; batches that were taken are answered before.
+
+        Status codes: INVALID_ARGUMENT (a batch of more than 1,024 requests; ends the stream), UNAVAILABLE (the router shuts
+        down; open a stream to another one), INTERNAL.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def GetOverlapScores(self, request, context):
         """Says how many leading blocks of a prompt every worker holds, without deciding anything.
 
@@ -149,6 +185,16 @@ def add_KvRouterServicer_to_server(servicer, server):
                     servicer.BestWorkerId,
                     request_deserializer=kvrouter_dot_v1_dot_router__pb2.BestWorkerIdRequest.FromString,
                     response_serializer=kvrouter_dot_v1_dot_router__pb2.BestWorkerIdResponse.SerializeToString,
+            ),
+            'BestWorkerIdBatch': grpc.unary_unary_rpc_method_handler(
+                    servicer.BestWorkerIdBatch,
+                    request_deserializer=kvrouter_dot_v1_dot_router__pb2.BestWorkerIdBatchRequest.FromString,
+                    response_serializer=kvrouter_dot_v1_dot_router__pb2.BestWorkerIdBatchResponse.SerializeToString,
+            ),
+            'BestWorkerIdStream': grpc.stream_stream_rpc_method_handler(
+                    servicer.BestWorkerIdStream,
+                    request_deserializer=kvrouter_dot_v1_dot_router__pb2.BestWorkerIdStreamRequest.FromString,
+                    response_serializer=kvrouter_dot_v1_dot_router__pb2.BestWorkerIdStreamResponse.SerializeToString,
             ),
             'GetOverlapScores': grpc.unary_unary_rpc_method_handler(
                     servicer.GetOverlapScores,
@@ -225,6 +271,60 @@ class KvRouter:
             '/kvrouter.v1.KvRouter/BestWorkerId',
             kvrouter_dot_v1_dot_router__pb2.BestWorkerIdRequest.SerializeToString,
             kvrouter_dot_v1_dot_router__pb2.BestWorkerIdResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def BestWorkerIdBatch(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kvrouter.v1.KvRouter/BestWorkerIdBatch',
+            kvrouter_dot_v1_dot_router__pb2.BestWorkerIdBatchRequest.SerializeToString,
+            kvrouter_dot_v1_dot_router__pb2.BestWorkerIdBatchResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def BestWorkerIdStream(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_stream(
+            request_iterator,
+            target,
+            '/kvrouter.v1.KvRouter/BestWorkerIdStream',
+            kvrouter_dot_v1_dot_router__pb2.BestWorkerIdStreamRequest.SerializeToString,
+            kvrouter_dot_v1_dot_router__pb2.BestWorkerIdStreamResponse.FromString,
             options,
             channel_credentials,
             insecure,

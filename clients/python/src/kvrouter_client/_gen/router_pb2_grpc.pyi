@@ -66,6 +66,24 @@ class KvRouterStub:
     Status codes: INVALID_ARGUMENT, NOT_FOUND, FAILED_PRECONDITION, ALREADY_EXISTS, UNAVAILABLE, RESOURCE_EXHAUSTED,
     INTERNAL, as for Generate.
     """
+    BestWorkerIdBatch: _grpc.UnaryUnaryMultiCallable[_router_pb2.BestWorkerIdBatchRequest, _router_pb2.BestWorkerIdBatchResponse]
+    """Answers many BestWorkerId requests in one call, for callers that decide at a high rate: most of what a call costs is
+    the call.
+
+    The requests are decided in their order, and each by itself: a request that fails has a status where the others have
+    their answers. The call as a whole succeeds unless it breaks its own contract.
+
+    Status codes: INVALID_ARGUMENT (more than 1,024 requests), INTERNAL. Those of the single requests, as for
+    BestWorkerId, are in their results.
+    """
+    BestWorkerIdStream: _grpc.StreamStreamMultiCallable[_router_pb2.BestWorkerIdStreamRequest, _router_pb2.BestWorkerIdStreamResponse]
+    """The same as a stream of batches: saves the rest of what a call costs. The replies come in the order of the batches.
+
+    The router ends the stream when it shuts down; batches that were taken are answered before.
+
+    Status codes: INVALID_ARGUMENT (a batch of more than 1,024 requests; ends the stream), UNAVAILABLE (the router shuts
+    down; open a stream to another one), INTERNAL.
+    """
     GetOverlapScores: _grpc.UnaryUnaryMultiCallable[_router_pb2.GetOverlapScoresRequest, _router_pb2.GetOverlapScoresResponse]
     """Says how many leading blocks of a prompt every worker holds, without deciding anything.
 
@@ -119,6 +137,24 @@ class KvRouterAsyncStub(KvRouterStub):
 
     Status codes: INVALID_ARGUMENT, NOT_FOUND, FAILED_PRECONDITION, ALREADY_EXISTS, UNAVAILABLE, RESOURCE_EXHAUSTED,
     INTERNAL, as for Generate.
+    """
+    BestWorkerIdBatch: _aio.UnaryUnaryMultiCallable[_router_pb2.BestWorkerIdBatchRequest, _router_pb2.BestWorkerIdBatchResponse]  # type: ignore[assignment]
+    """Answers many BestWorkerId requests in one call, for callers that decide at a high rate: most of what a call costs is
+    the call.
+
+    The requests are decided in their order, and each by itself: a request that fails has a status where the others have
+    their answers. The call as a whole succeeds unless it breaks its own contract.
+
+    Status codes: INVALID_ARGUMENT (more than 1,024 requests), INTERNAL. Those of the single requests, as for
+    BestWorkerId, are in their results.
+    """
+    BestWorkerIdStream: _aio.StreamStreamMultiCallable[_router_pb2.BestWorkerIdStreamRequest, _router_pb2.BestWorkerIdStreamResponse]  # type: ignore[assignment]
+    """The same as a stream of batches: saves the rest of what a call costs. The replies come in the order of the batches.
+
+    The router ends the stream when it shuts down; batches that were taken are answered before.
+
+    Status codes: INVALID_ARGUMENT (a batch of more than 1,024 requests; ends the stream), UNAVAILABLE (the router shuts
+    down; open a stream to another one), INTERNAL.
     """
     GetOverlapScores: _aio.UnaryUnaryMultiCallable[_router_pb2.GetOverlapScoresRequest, _router_pb2.GetOverlapScoresResponse]  # type: ignore[assignment]
     """Says how many leading blocks of a prompt every worker holds, without deciding anything.
@@ -182,6 +218,36 @@ class KvRouterServicer(metaclass=_abc_1.ABCMeta):
 
         Status codes: INVALID_ARGUMENT, NOT_FOUND, FAILED_PRECONDITION, ALREADY_EXISTS, UNAVAILABLE, RESOURCE_EXHAUSTED,
         INTERNAL, as for Generate.
+        """
+
+    @_abc_1.abstractmethod
+    def BestWorkerIdBatch(
+        self,
+        request: _router_pb2.BestWorkerIdBatchRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_router_pb2.BestWorkerIdBatchResponse, _abc.Awaitable[_router_pb2.BestWorkerIdBatchResponse]]:
+        """Answers many BestWorkerId requests in one call, for callers that decide at a high rate: most of what a call costs is
+        the call.
+
+        The requests are decided in their order, and each by itself: a request that fails has a status where the others have
+        their answers. The call as a whole succeeds unless it breaks its own contract.
+
+        Status codes: INVALID_ARGUMENT (more than 1,024 requests), INTERNAL. Those of the single requests, as for
+        BestWorkerId, are in their results.
+        """
+
+    @_abc_1.abstractmethod
+    def BestWorkerIdStream(
+        self,
+        request_iterator: _MaybeAsyncIterator[_router_pb2.BestWorkerIdStreamRequest],
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_router_pb2.BestWorkerIdStreamResponse], _abc.AsyncIterator[_router_pb2.BestWorkerIdStreamResponse]]:
+        """The same as a stream of batches: saves the rest of what a call costs. The replies come in the order of the batches.
+
+        The router ends the stream when it shuts down; batches that were taken are answered before.
+
+        Status codes: INVALID_ARGUMENT (a batch of more than 1,024 requests; ends the stream), UNAVAILABLE (the router shuts
+        down; open a stream to another one), INTERNAL.
         """
 
     @_abc_1.abstractmethod
