@@ -19,6 +19,7 @@ from kvrouter_grpc.server.health import HealthService
 from kvrouter_grpc.server.router_service import RouterService
 from kvrouter_grpc.server.server import server_options
 
+ROUTER = router_pb2.DESCRIPTOR.services_by_name["KvRouter"]
 PROMPT = list(range(1000, 1040))
 SLOW = dataclasses.replace(FAST, speedup=1.0, itl_ms=5.0)
 
@@ -51,13 +52,21 @@ async def test_reflection_gives_the_contract():
             for file in reply.file_descriptor_response.file_descriptor_proto
         ]
         names = [method.name for file in files for service in file.service for method in service.method]
-        assert names == ["Generate", "BestWorkerId", "GetOverlapScores", "MarkPrefillComplete", "Free"]
+        assert names == [method.name for method in ROUTER.methods]
+
+
+def test_every_rpc_of_the_router_is_served():
+    handlers = RouterService(ServerConfig(), {}, relay=None).handlers()
+    assert list(handlers) == [method.name for method in ROUTER.methods]
+    for method in ROUTER.methods:
+        handler = handlers[method.name]
+        kinds = (handler.request_streaming, handler.response_streaming)
+        assert kinds == (method.client_streaming, method.server_streaming)
 
 
 @pytest.mark.parametrize(
     ("contract", "servicer"),
     [
-        (router_pb2.DESCRIPTOR.services_by_name["KvRouter"], RouterService),
         (admin_pb2.DESCRIPTOR.services_by_name["KvRouterAdmin"], AdminService),
         (health_pb2.DESCRIPTOR.services_by_name["Health"], HealthService),
     ],

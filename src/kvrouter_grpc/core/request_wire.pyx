@@ -62,7 +62,7 @@ cdef inline Place read_varint(Place place, Place end, int longest, uint64_t* val
 cdef inline Place read_tag(Place place, Place end, uint32_t* tag) noexcept nogil:
     cdef uint64_t value
     place = read_varint(place, end, LONGEST_TAG, &value)
-    if place == NULL or value >> 32 or value < 8:  # there is no field 0
+    if place == NULL or value >> 32:
         return NULL
     tag[0] = <uint32_t>value
     return place
@@ -117,7 +117,7 @@ cdef Place skip_group(Place place, Place end, uint32_t start) noexcept nogil:
 cdef inline bint next_field(Place place, Place end, Field* field) noexcept nogil:
     """Reads the field at `place`; False when there is none."""
     place = field.content = read_tag(place, end, &field.tag)
-    if place == NULL:
+    if place == NULL or field.tag < 8:  # there is no field 0
         return False
     if field.tag & 7 == START_GROUP:
         field.end = skip_group(place, end, field.tag)

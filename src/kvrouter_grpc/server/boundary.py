@@ -81,7 +81,7 @@ class ErrorBoundary:
         guarded = {
             name: _guard(handler, f"/{service}/{name}", self._write_timeout_s) for name, handler in handlers.items()
         }
-        self._server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(service, guarded),))
+        self._server.add_registered_method_handlers(service, guarded)
 
     def add_generic_rpc_handlers(self, _handlers: Any) -> None:
         """Nothing: generated code adds each method in both ways."""
