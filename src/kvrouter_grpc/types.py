@@ -212,8 +212,7 @@ class EngineRequest:
         return not remote_decode and self.params.get("prompt_logprobs") is None
 
 
-@dataclass(frozen=True, slots=True)
-class Usage:
+class Usage(NamedTuple):
     """Token counts of the engine; `cached_tokens` is None unless the engine reports it."""
 
     prompt_tokens: int
@@ -231,7 +230,7 @@ class TokenLogprob:
     rank: int | None = None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)  # not frozen: that triples what making one costs, and a stream makes one per token
 class EngineChunk:
     """One step of an engine's answer: deltas, except `usage`, which is a running total."""
 

@@ -14,6 +14,7 @@ from kvrouter_grpc.errors import RouterError
 from kvrouter_grpc.server.incoming import Asked, readable, reader
 from kvrouter_grpc.server.status import DETAILS_KEY, Status, defect, status_of
 from kvrouter_grpc.server.violations import Violations
+from kvrouter_grpc.upstream.patience import Patience
 
 MAX_REQUEST_ID = 256
 
@@ -121,20 +122,20 @@ def _guard_streaming(inner: Streaming, method: str, write_timeout_s: float) -> U
     # message is being sent, and leaves its clean-up (lease, engine connection) to the garbage collector.
     async def handle(request: Any, context: Context) -> None:
         try:
-            async with aclosing(inner(readable(request), context)) as messages:
-                async for message in messages:
-                    await _write(context, message, write_timeout_s)
+            with Patience() as patience:
+                async with aclosing(inner(readable(request), context)) as messages:
+                    async for message in messages:
+                        await _write(context, message, patience, write_timeout_s)
         except Exception as error:  # noqa: BLE001 - this is the boundary
             await _abort(context, error, request, method)
 
     return handle
 
 
-async def _write(context: Context, message: Any, timeout_s: float) -> None:
+async def _write(context: Context, message: Any, patience: Patience, timeout_s: float) -> None:
     """Send a message; a client that does not take it is treated as one that went away."""
     try:
-        async with asyncio.timeout(timeout_s):
-            await context.write(message)
+        await patience.within(timeout_s, context.write(message))
     except grpc.aio.InternalError:  # it went away just now
         raise asyncio.CancelledError from None
     except TimeoutError:

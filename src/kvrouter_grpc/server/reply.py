@@ -115,23 +115,25 @@ class AnswerWriter:
         usage = None
         for chunk in chunks:
             usage = chunk.usage or usage
-            if _is_bare_usage(chunk) and messages:
+            if messages and _is_bare_usage(chunk):
                 continue
             message = messages.get(chunk.index)
             if message is None:
-                message = messages[chunk.index] = router_pb2.GenerateResponse(index=chunk.index)
+                message = messages[chunk.index] = router_pb2.GenerateResponse()
+                message.index = chunk.index
             self._append(message, chunk)
         if usage is not None:
             # The totals are over all answers, so they belong to the step as a whole: its last message.
-            last = next(reversed(messages.values()))
-            last.usage.prompt_tokens = usage.prompt_tokens
-            last.usage.completion_tokens = usage.completion_tokens
+            counted = next(reversed(messages.values())).usage
+            counted.prompt_tokens = usage.prompt_tokens
+            counted.completion_tokens = usage.completion_tokens
             if usage.cached_tokens is not None:
-                last.usage.cached_tokens = usage.cached_tokens
+                counted.cached_tokens = usage.cached_tokens
         return list(messages.values())
 
     def _append(self, message: router_pb2.GenerateResponse, chunk: EngineChunk) -> None:
-        message.token_ids.extend(chunk.token_ids)
+        if chunk.token_ids:
+            message.token_ids.extend(chunk.token_ids)
         if chunk.text:
             message.text += chunk.text
         if chunk.logprobs:
@@ -143,10 +145,11 @@ class AnswerWriter:
         if chunk.finish_reason is not None:
             # A reason that is not in the table ended the answer too, and not as a caller could expect.
             message.finish_reason = FINISH_REASONS.get(chunk.finish_reason, router_pb2.FINISH_REASON_ERROR)
-        if isinstance(chunk.stop_reason, str):
-            message.stop_string = chunk.stop_reason
-        elif chunk.stop_reason is not None:
-            message.stop_token_id = chunk.stop_reason
+        if chunk.stop_reason is not None:
+            if isinstance(chunk.stop_reason, str):
+                message.stop_string = chunk.stop_reason
+            else:
+                message.stop_token_id = chunk.stop_reason
         if chunk.kv_transfer_params is not None:
             message.kv_transfer_params_json = msgspec.json.encode(chunk.kv_transfer_params).decode()
         if chunk.prompt_logprobs is not None:

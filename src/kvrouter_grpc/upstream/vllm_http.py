@@ -17,6 +17,7 @@ from kvrouter_grpc.upstream.answer import Answer, StreamedAnswer, WholeAnswer
 from kvrouter_grpc.upstream.chunk import MalformedAnswerError, decode_completion
 from kvrouter_grpc.upstream.facts import cache_config, event_sources, served_models, server_version
 from kvrouter_grpc.upstream.failure import engine_error, lost, malformed, timed_out, unexpected_status
+from kvrouter_grpc.upstream.patience import Patience
 from kvrouter_grpc.upstream.request import request_body, request_headers
 
 _T = TypeVar("_T")
@@ -95,21 +96,23 @@ class VllmHttpClient:
         try:
             if response.status != _OK:
                 raise await self._refusal(response, deadline)
-            while not answer.done:
-                with self._judged("token", limit_s, started=answer.started):
-                    data = await _read(response, deadline)
-                chunks = answer.feed(data) if data else answer.end()
-                if chunks:
-                    yield chunks
-                    limit_s = config.inter_token_timeout_s
-                    # From here on: the time that the caller took for the chunks is not the engine's silence.
-                    deadline = loop.time() + limit_s
-                if answer.failure:
-                    raise answer.failure
-            # Read past `[DONE]` to the end of the body, which gives the connection back to the session.
-            with suppress(TimeoutError, aiohttp.ClientError, OSError):
-                async with asyncio.timeout(_LAST_BYTES_TIMEOUT_S):
-                    await response.content.readany()
+            with Patience() as patience:
+                while not answer.done:
+                    try:
+                        data = await _read(response, patience, deadline)
+                    except (TimeoutError, aiohttp.ClientError, OSError) as error:
+                        raise self._judge(error, "token", limit_s, started=answer.started) from error
+                    chunks = answer.feed(data) if data else answer.end()
+                    if chunks:
+                        yield chunks
+                        limit_s = config.inter_token_timeout_s
+                        # From here on: the time that the caller took for the chunks is not the engine's silence.
+                        deadline = loop.time() + limit_s
+                    if answer.failure:
+                        raise answer.failure
+                # Read past `[DONE]` to the end of the body, which gives the connection back to the session.
+                with suppress(TimeoutError, aiohttp.ClientError, OSError):
+                    await patience.within(_LAST_BYTES_TIMEOUT_S, response.content.readany())
         finally:
             response.close()  # without effect on a connection that was given back
 
@@ -192,32 +195,35 @@ class VllmHttpClient:
         return engine_error(self._worker, response.status, error, started=False)
 
     @contextmanager
-    def _judged(self, waited_for: str, limit_s: float, *, started: bool = False) -> Iterator[None]:
+    def _judged(self, waited_for: str, limit_s: float) -> Iterator[None]:
         """Turn the faults of a connection into errors of the router."""
         try:
             yield
-        except aiohttp.ConnectionTimeoutError as error:
-            connect_s = self._config.connect_timeout_s
-            raise timed_out(self._worker, "connection", connect_s, started=False) from error
-        except TimeoutError as error:
-            raise timed_out(self._worker, waited_for, limit_s, started=started) from error
-        except (aiohttp.ClientError, OSError) as error:
-            raise lost(self._worker, started=started) from error
+        except (TimeoutError, aiohttp.ClientError, OSError) as error:
+            raise self._judge(error, waited_for, limit_s, started=False) from error
+
+    def _judge(self, error: Exception, waited_for: str, limit_s: float, *, started: bool) -> UpstreamError:
+        """What the fault of a connection means."""
+        if isinstance(error, aiohttp.ConnectionTimeoutError):
+            return timed_out(self._worker, "connection", self._config.connect_timeout_s, started=False)
+        if isinstance(error, TimeoutError):
+            return timed_out(self._worker, waited_for, limit_s, started=started)
+        return lost(self._worker, started=started)
 
 
-async def _read(response: aiohttp.ClientResponse, deadline: float) -> bytes:
+async def _read(response: aiohttp.ClientResponse, patience: Patience, deadline: float) -> bytes:
     """Wait for bytes of the body; b"" is its end.
 
     A broken chunk header makes aiohttp (3.14) close the connection but not end the body, which would be waited for
     until the deadline: hence a look at the connection now and then.
     """
-    loop = asyncio.get_running_loop()
+    clock = asyncio.get_running_loop().time
     while True:
         try:
-            async with asyncio.timeout_at(min(deadline, loop.time() + _LOOK_AT_CONNECTION_S)):
-                return await response.content.readany()
+            left_s = deadline - clock()
+            return await patience.within(min(left_s, _LOOK_AT_CONNECTION_S), response.content.readany())
         except TimeoutError:
-            if loop.time() >= deadline:
+            if clock() >= deadline:
                 raise
             protocol = response.connection and response.connection.protocol
             if protocol is None or not protocol.is_connected():
