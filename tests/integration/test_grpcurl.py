@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import grpc
 import pytest
 
 from kvrouter_grpc._gen import admin_pb2, router_pb2
@@ -91,6 +92,12 @@ def test_every_recipe_works_in_the_order_of_the_page(running: Fleet) -> None:
     assert len(explained["candidates"]) == 2
     assert {term["name"] for term in dynamo["candidates"][0]["terms"]} == {"prefill", "decode", "active_requests"}
     assert 29 <= float(reserved["reservationTtl"].removesuffix("s")) <= 30
+
+    first, second, refused = answers["BestWorkerIdBatch"][0][0]["results"]
+    assert {first["response"]["workerName"], second["response"]["workerName"]} <= running.workers.keys()
+    assert refused["status"]["code"] == grpc.StatusCode.INVALID_ARGUMENT.value[0]
+    assert refused["status"]["details"][0]["reason"] == "INVALID_REQUEST"
+    assert [len(batch["results"]) for batch in answers["BestWorkerIdStream"][0]] == [1, 2]
 
     assert [each["workerName"] for each in answers["GetOverlapScores"][0][0]["workers"]]
     assert answers["MarkPrefillComplete"] == answers["Free"] == [[{}]]

@@ -2,6 +2,7 @@
 
 from ._gen.common_pb2 import BlockMultimodalHashes
 from ._gen.router_pb2 import (
+    BestWorkerIdRequest,
     ChoiceList,
     OutputOptions,
     RouterConfigOverride,
@@ -11,7 +12,7 @@ from ._gen.router_pb2 import (
     StructuredOutput,
 )
 from .admin import KvRouterAdminClient
-from .client import KvRouterClient, Prompt
+from .client import BatchItem, KvRouterClient, Prompt
 from .errors import KvRouterError, Violation
 from .fleet import (
     Fleet,
@@ -42,6 +43,8 @@ from .reservation import Reservation
 from .stream import GenerateStream
 
 __all__ = [
+    "BatchItem",
+    "BestWorkerIdRequest",
     "BlockMultimodalHashes",
     "Candidate",
     "ChoiceList",

@@ -25,6 +25,7 @@ _SERVICE_CONFIG: dict[str, Any] = {
             # repeated.
             "name": [
                 {"service": "kvrouter.v1.KvRouter", "method": "BestWorkerId"},
+                {"service": "kvrouter.v1.KvRouter", "method": "BestWorkerIdBatch"},
                 {"service": "kvrouter.v1.KvRouter", "method": "GetOverlapScores"},
                 {"service": "kvrouter.v1.KvRouter", "method": "MarkPrefillComplete"},
                 {"service": "kvrouter.v1.KvRouter", "method": "Free"},

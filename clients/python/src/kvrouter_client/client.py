@@ -2,7 +2,7 @@
 
 import json
 import uuid
-from collections.abc import Iterable, Mapping
+from collections.abc import AsyncIterable, AsyncIterator, Iterable, Mapping
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
@@ -10,7 +10,7 @@ import grpc
 
 from ._gen import common_pb2, router_pb2, router_pb2_grpc
 from .channel import DEFAULT_GENERATE_TIMEOUT_S, DEFAULT_TIMEOUT_S, open_channel
-from .errors import rpc_errors
+from .errors import KvRouterError, rpc_errors
 from .replies import OverlapScores, WorkerChoice
 from .reservation import Reservation
 from .stream import GenerateStream
@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 
 Prompt = str | Iterable[int]
 """Token ids, or text where the endpoint has a tokenizer."""
+
+BatchItem = Prompt | router_pb2.BestWorkerIdRequest
+"""One request of a batch: its prompt, or the whole request where there is more to say."""
 
 
 class KvRouterClient:
@@ -111,6 +114,64 @@ class KvRouterClient:
         with rpc_errors():
             reply = await self._stub.BestWorkerId(request, timeout=self._deadline(timeout_s))
         return WorkerChoice.from_proto(reply)
+
+    async def best_worker_id_batch(
+        self, requests: Iterable[BatchItem], *, timeout_s: float | None = None
+    ) -> list[WorkerChoice | KvRouterError]:
+        """Ask where many requests should go, at a fraction of what as many calls cost.
+
+        Args:
+            requests: At most 1,024.
+            timeout_s: Deadline of this call; the client's when None.
+
+        Returns:
+            For each request, in their order, where it should go, or why that could not be said.
+
+        Raises:
+            KvRouterError: The call as a whole failed.
+        """
+        batch = router_pb2.BestWorkerIdBatchRequest(requests=map(_batch_item, requests))
+        with rpc_errors():
+            reply = await self._stub.BestWorkerIdBatch(batch, timeout=self._deadline(timeout_s))
+        return [_outcome(result) for result in reply.results]
+
+    async def best_worker_id_stream(
+        self, batches: AsyncIterable[Iterable[BatchItem]]
+    ) -> AsyncIterator[list[WorkerChoice | KvRouterError]]:
+        """Ask batch after batch over one call, which has no deadline; the next one may be sent before the answer.
+
+            async with aclosing(router.best_worker_id_stream(batches)) as answers:
+                async for choices in answers:
+                    ...
+
+        Args:
+            batches: Each as for `best_worker_id_batch`. What it raises ends the call and is raised here.
+
+        Yields:
+            The outcomes of each batch, in the order of the batches.
+
+        Raises:
+            KvRouterError: The call failed; UNAVAILABLE when the router shuts down.
+        """
+        failure: Exception | None = None
+
+        async def messages() -> AsyncIterator[router_pb2.BestWorkerIdStreamRequest]:
+            nonlocal failure
+            try:
+                async for batch in batches:
+                    yield router_pb2.BestWorkerIdStreamRequest(requests=map(_batch_item, batch))
+            except Exception as error:  # noqa: BLE001 - grpc.aio would only write it to its log
+                failure = error
+
+        call = self._stub.BestWorkerIdStream(messages())
+        try:
+            with rpc_errors():
+                async for reply in call:
+                    yield [_outcome(result) for result in reply.results]
+        finally:
+            call.cancel()
+        if failure is not None:
+            raise failure
 
     def reserve(
         self,
@@ -279,6 +340,22 @@ def _put_prompt(
         request.text = prompt
     else:
         request.token_ids.extend(prompt)
+
+
+def _batch_item(item: BatchItem) -> router_pb2.BestWorkerIdRequest:
+    """A request as it stands in a batch."""
+    if isinstance(item, router_pb2.BestWorkerIdRequest):
+        return item
+    request = router_pb2.BestWorkerIdRequest()
+    _put_prompt(request, item)
+    return request
+
+
+def _outcome(result: router_pb2.BestWorkerIdResult) -> WorkerChoice | KvRouterError:
+    """What became of one request of a batch."""
+    if result.HasField("response"):
+        return WorkerChoice.from_proto(result.response)
+    return KvRouterError.from_status(result.status)
 
 
 def put_seconds(duration: "Duration", seconds: float) -> None:

@@ -1,14 +1,16 @@
 """The one error a call ends with."""
 
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import grpc
 import grpc.aio
 from google.protobuf.message import DecodeError, Message
 from google.rpc import error_details_pb2, status_pb2
+
+from ._gen import router_pb2
 
 _DETAILS_KEY = "grpc-status-details-bin"
 
@@ -59,27 +61,37 @@ class KvRouterError(Exception):
     @classmethod
     def from_rpc_error(cls, error: grpc.aio.AioRpcError) -> "KvRouterError":
         """Decode a failed call; details that cannot be read are left out, the status never is."""
+        details: list[Any] = []
+        for key, value in error.trailing_metadata() or ():
+            if key == _DETAILS_KEY and isinstance(value, bytes):
+                # A proxy between us and the router may write anything here; the code and the text stand without it.
+                with suppress(DecodeError):
+                    details += status_pb2.Status.FromString(value).details
+        return cls._from_details(error.code(), error.details() or "", details)
+
+    @classmethod
+    def from_status(cls, status: router_pb2.Status) -> "KvRouterError":
+        """Decode the status of one request of a batch."""
+        code = _CODES.get(status.code, grpc.StatusCode.UNKNOWN)
+        return cls._from_details(code, status.message, status.details)
+
+    @classmethod
+    def _from_details(cls, code: grpc.StatusCode, message: str, details: Iterable[Any]) -> "KvRouterError":
         reason = ""
         metadata: dict[str, str] = {}
         violations: list[Violation] = []
         retry_after_s: float | None = None
-        for detail in _details(error):
+        for detail in _unpacked(details):
             if isinstance(detail, error_details_pb2.ErrorInfo):
                 reason, metadata = detail.reason, dict(detail.metadata)
             elif isinstance(detail, error_details_pb2.BadRequest):
                 violations += (Violation(each.field, each.description) for each in detail.field_violations)
             elif isinstance(detail, error_details_pb2.RetryInfo):
                 retry_after_s = detail.retry_delay.seconds + detail.retry_delay.nanos / 1e9
-        return cls(
-            error.code(),
-            error.details() or "",
-            reason=reason,
-            metadata=metadata,
-            violations=violations,
-            retry_after_s=retry_after_s,
-        )
+        return cls(code, message, reason=reason, metadata=metadata, violations=violations, retry_after_s=retry_after_s)
 
 
+_CODES = {code.value[0]: code for code in grpc.StatusCode}
 _KINDS: tuple[type[Message], ...] = (
     error_details_pb2.ErrorInfo,
     error_details_pb2.BadRequest,
@@ -87,25 +99,14 @@ _KINDS: tuple[type[Message], ...] = (
 )
 
 
-def _details(error: grpc.aio.AioRpcError) -> list[Message]:
-    """The details of the kinds that the router sends, in their order.
-
-    Source: `google.rpc.Status`, which gRPC carries serialized in the trailing metadata.
-    """
-    found: list[Message] = []
-    for key, value in error.trailing_metadata() or ():
-        if key != _DETAILS_KEY or not isinstance(value, bytes):
-            continue
-        # A proxy between us and the router may write anything here; the code and the text stand without it.
-        try:
-            for packed in status_pb2.Status.FromString(value).details:
-                for kind in _KINDS:
-                    detail = kind()
-                    if packed.Unpack(detail):
-                        found.append(detail)
-        except DecodeError:
-            continue
-    return found
+def _unpacked(details: Iterable[Any]) -> Iterator[Message]:
+    """The details (`google.protobuf.Any`) of the kinds that the router sends, in their order."""
+    for packed in details:
+        for kind in _KINDS:
+            detail = kind()
+            with suppress(DecodeError):
+                if packed.Unpack(detail):
+                    yield detail
 
 
 @contextmanager
