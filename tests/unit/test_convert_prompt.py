@@ -1,6 +1,5 @@
 """Prompts of requests, and everything that is wrong with them."""
 
-
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
