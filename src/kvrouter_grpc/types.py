@@ -4,6 +4,7 @@ from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
+from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol
 
 Json = Any  # a JSON value: None, bool, int, float, str, list or dict
@@ -128,8 +129,7 @@ class RoutingHints:
     override: RouterOverride | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Prompt:
+class Prompt(NamedTuple):
     """What decides which cached blocks fit: the tokens, and all that is folded into their hashes.
 
     Attributes:
@@ -142,7 +142,7 @@ class Prompt:
     tokens: Tokens
     lora_name: str = ""
     cache_salt: str = ""
-    mm_hashes: Mapping[int, Sequence[int]] = field(default_factory=dict)
+    mm_hashes: Mapping[int, Sequence[int]] = MappingProxyType({})
 
 
 @dataclass(frozen=True, slots=True)

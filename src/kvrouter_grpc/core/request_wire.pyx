@@ -38,7 +38,8 @@ cdef struct Field:
 
 
 cdef struct Contents:
-    size_t ids  # in bytes, as the others
+    uint64_t fields  # bit n: field n is there; bit 0: one beyond 63
+    size_t ids  # in bytes, as the next
     size_t rest
     uint32_t id_spans
     uint32_t rest_spans
@@ -134,7 +135,7 @@ cdef bint measure(Place place, Place end, Contents* found) noexcept nogil:
     """Counts what belongs to field 1 and what does not; False when they are no message."""
     cdef Field field
     cdef bint after_rest = False
-    found[0] = Contents(0, 0, 0, 0, NULL, NULL)
+    found[0] = Contents(0, 0, 0, 0, 0, NULL, NULL)
     while place < end:
         if not next_field(place, end, &field):
             return False
@@ -152,6 +153,7 @@ cdef bint measure(Place place, Place end, Contents* found) noexcept nogil:
                     found.first_rest = place
                 found.rest_spans += 1
             found.rest += <size_t>(field.end - place)
+            found.fields |= <uint64_t>1 << (field.tag >> 3 if field.tag >> 3 < 64 else 0)
             after_rest = True
         place = field.end
     return True
@@ -195,7 +197,7 @@ cdef tuple split_span(bytes message, Place place, Place end):
         rest_copy = <unsigned char*>PyBytes_AS_STRING(rest)
     if ids_copy != NULL or rest_copy != NULL:
         gather(place, end, ids_copy, rest_copy)
-    return token_ids_in(ids, found.first_ids, <Py_ssize_t>(found.ids // sizeof(uint32_t))), rest
+    return token_ids_in(ids, found.first_ids, <Py_ssize_t>(found.ids // sizeof(uint32_t))), rest, found.fields
 
 
 def split(bytes message not None):

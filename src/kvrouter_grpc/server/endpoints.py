@@ -13,6 +13,7 @@ class Endpoints:
 
     def __init__(self, routers: Mapping[str, Router]) -> None:
         self._routers = routers
+        self._only = next(iter(routers.values())) if len(routers) == 1 else None
 
     def one(self, endpoint: str) -> Router:
         """The router of an endpoint; of the only one when the request names none.
@@ -22,9 +23,9 @@ class Endpoints:
             UnknownEndpointError: It is not served here.
         """
         if not endpoint:
-            if len(self._routers) != 1:
+            if self._only is None:
                 raise InvalidRequestError([("endpoint", f"is empty; name one of {self._served()}")])
-            return next(iter(self._routers.values()))
+            return self._only
         router = self._routers.get(endpoint)
         if router is None:
             parts = endpoint.split(".")

@@ -24,7 +24,8 @@ _OVERRIDE_BOUNDS: Mapping[str, Bounds] = {
     "overlap_score_weight": _NOT_NEGATIVE,
 }
 
-_NO_HINTS = RoutingHints()
+NO_HINTS = RoutingHints()
+"""Of a request that has none."""
 
 
 def read_hints(
@@ -42,7 +43,7 @@ def read_hints(
     """
     override = read_override(request, violations)
     if not request.HasField("routing"):
-        return _NO_HINTS if override is None else RoutingHints(override=override)
+        return NO_HINTS if override is None else RoutingHints(override=override)
     routing = request.routing
     worker_id, dp_rank = _read_pin(routing, role(), violations)
     allowed = None

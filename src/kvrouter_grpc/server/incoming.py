@@ -16,6 +16,10 @@ M = TypeVar("M", bound=Message)
 R = TypeVar("R")
 
 
+PLAIN = ("endpoint", "model", "request_id")
+"""Fields beside the token ids that nearly every request has, and few have others."""
+
+
 class Unreadable:
     """Stands for a request that is no message of the rpc's type."""
 
@@ -28,6 +32,7 @@ class Asked(NamedTuple, Generic[M]):
 
     message: M
     token_ids: TokenIds
+    plain: bool  # no field but `PLAIN` ones came: what hangs on the others need not be looked at
 
 
 class Batch(NamedTuple, Generic[M]):
@@ -51,32 +56,40 @@ def reader(parse: Callable[[bytes], Any]) -> Callable[[bytes], Any]:
 
 def asked_reader(kind: type[M]) -> Callable[[bytes], Asked[M] | Unreadable]:
     """The deserializer of a message whose field 1 is the prompt's token ids."""
+    more = _beyond_plain(kind)
 
     def read(data: bytes) -> Asked[M] | Unreadable:
-        return _asked(kind, split(data))
+        return _asked(kind, split(data), more)
 
     return read
 
 
 def batch_reader(kind: type[M], most: int) -> Callable[[bytes], Batch[M] | Unreadable]:
     """The deserializer of a message whose field 1 is repeated and holds such messages; reads the first `most`."""
+    more = _beyond_plain(kind)
 
     def read(data: bytes) -> Batch[M] | Unreadable:
         parts = split_batch(data, most)
         if parts is None:
             return _UNREADABLE
         requests, total = parts
-        return Batch([_asked(kind, request) for request in requests], total)
+        return Batch([_asked(kind, request, more) for request in requests], total)
 
     return read
 
 
-def _asked(kind: type[M], parts: tuple[TokenIds, bytes] | None) -> Asked[M] | Unreadable:
+def _beyond_plain(kind: type[M]) -> int:
+    """The bits that `split` sets for fields that are not plain."""
+    numbers = kind.DESCRIPTOR.fields_by_name
+    return ~sum(1 << numbers[name].number for name in PLAIN if name in numbers)
+
+
+def _asked(kind: type[M], parts: tuple[TokenIds, bytes, int] | None, beyond_plain: int) -> Asked[M] | Unreadable:
     if parts is None:
         return _UNREADABLE
-    token_ids, rest = parts
+    token_ids, rest, fields = parts
     try:
-        return Asked(kind.FromString(rest), token_ids)
+        return Asked(kind.FromString(rest), token_ids, not fields & beyond_plain)
     except DecodeError:
         return _UNREADABLE
 

@@ -55,10 +55,11 @@ def write_best_worker(message: router_pb2.BestWorkerIdResponse, decision: Decisi
 
 
 def _write_overlap(message: common_pb2.Overlap, overlap: Overlap) -> None:
-    message.device_blocks = overlap.device
-    message.host_blocks = overlap.host
-    message.disk_blocks = overlap.disk
-    message.remote_blocks = overlap.remote
+    message.device_blocks = overlap.device  # also when 0: it makes the message be there
+    if overlap.total > overlap.device:
+        message.host_blocks = overlap.host
+        message.disk_blocks = overlap.disk
+        message.remote_blocks = overlap.remote
 
 
 def candidate_message(candidate: Candidate) -> common_pb2.Candidate:

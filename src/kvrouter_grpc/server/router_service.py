@@ -3,7 +3,6 @@
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from contextlib import aclosing
-from dataclasses import replace
 from typing import Any, cast
 
 import grpc
@@ -15,7 +14,7 @@ from kvrouter_grpc.routing.router import Router
 from kvrouter_grpc.server import duration
 from kvrouter_grpc.server.boundary import Context, Handler, check_request_id, judge, name_call, request_id_for
 from kvrouter_grpc.server.endpoints import Endpoints
-from kvrouter_grpc.server.hints import read_hints, read_override
+from kvrouter_grpc.server.hints import NO_HINTS, read_hints, read_override
 from kvrouter_grpc.server.incoming import Asked, Batch, Unreadable, asked_reader, batch_reader, readable
 from kvrouter_grpc.server.opaque_json import read_object
 from kvrouter_grpc.server.params import read_params
@@ -201,6 +200,11 @@ class RouterService:
         router = self._endpoints.one(request.endpoint)
         violations = Violations()
         check_request_id(request.request_id, violations)
+        if asked.plain:
+            prompt = self._read_prompt(asked, request.model, router, violations)
+            decision = router.best_worker(prompt, NO_HINTS, model=router.model_for(request.model, prompt.lora_name))
+            write_best_worker(reply, decision, router.load(decision.target))
+            return
         hints = read_hints(request, lambda: router.role, violations)
         ttl_s = duration.read("ttl", request.ttl, violations) if request.HasField("ttl") else None
         if request.reserve and not request.request_id:
@@ -277,14 +281,16 @@ class RouterService:
 
     def _read_prompt(self, asked: AskedPrompt, model: str, router: Router, violations: Violations) -> Prompt:
         """The prompt; without its tokens when it is a text. Reads last, so it raises what all readers found."""
-        violations.check_text("model", model, MAX_NAME)
         lora_name = asked.message.lora_name
-        adapter = router.lora_of(model) if model else ""
-        if adapter and lora_name not in {"", adapter}:
-            violations.add("lora_name", f"differs from the adapter that model names ({adapter}); give one")
+        if model:
+            violations.check_text("model", model, MAX_NAME)
+            adapter = router.lora_of(model)
+            if adapter and lora_name not in {"", adapter}:
+                violations.add("lora_name", f"differs from the adapter that model names ({adapter}); give one")
+            lora_name = lora_name or adapter
         prompt = read_prompt(
             asked,
-            lora_name or adapter,
+            lora_name,
             router.index.block_size,
             self._config,
             violations,
@@ -299,4 +305,4 @@ class RouterService:
         if not 0 < len(tokens) <= self._config.max_prompt_tokens:
             fault = too_long(len(tokens), self._config) if tokens else "has no tokens"
             raise InvalidRequestError([("text", fault)])
-        return replace(prompt, tokens=tokens)
+        return prompt._replace(tokens=tokens)
