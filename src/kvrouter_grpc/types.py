@@ -1,6 +1,5 @@
 """The nouns that the rooms of the router exchange: plain, frozen values without behaviour or I/O."""
 
-from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum

@@ -5,7 +5,7 @@ import dataclasses
 import grpc
 import pytest
 
-from integration.server_rig import ENDPOINT, FAST, Worker, refusal, serving
+from integration.server_rig import ENDPOINT, FAST, Worker, refusal, serving, taken_apart
 from kvrouter_grpc._gen import router_pb2
 
 PROMPT = list(range(1000, 1040))
@@ -115,3 +115,35 @@ async def test_endpoints_are_kept_apart():
         await rig.stub.BestWorkerId(best(endpoint=other, reserve=True, request_id="r"))
         elsewhere = await refusal(rig.stub.Free(router_pb2.FreeRequest(request_id="r", endpoint=ENDPOINT)))
         assert elsewhere.code is grpc.StatusCode.NOT_FOUND
+
+
+PLAIN = [
+    {"token_ids": PROMPT},
+    {"token_ids": PROMPT, "model": "mock", "request_id": "r-1", "endpoint": ENDPOINT},
+    {"token_ids": PROMPT, "model": "adapter"},
+    {"token_ids": PROMPT, "model": "nobody's"},
+    {"token_ids": PROMPT, "model": "m" * 300},
+    {"token_ids": PROMPT, "request_id": "two words"},
+    {"token_ids": PROMPT, "endpoint": "a.b.c"},
+    {"token_ids": [1] * 101},
+    {"token_ids": [1, 30_000]},
+    {"token_ids": []},
+    {},
+]
+
+
+async def test_a_plain_request_is_answered_as_one_with_more_fields():
+    engine = dataclasses.replace(FAST, loras=("adapter",))
+    async with serving(Worker(engine), max_prompt_tokens=100, vocab_size=30_000) as rig:
+        await rig.cache("w0", PROMPT)
+        for fields in PLAIN:
+            outcomes = []
+            for more in (b"", bytes([0xF8, 0x7F, 1])):  # nothing, and a field that no contract has
+                request = router_pb2.BestWorkerIdRequest(**fields)
+                request.MergeFromString(more)
+                try:
+                    outcomes.append(await rig.stub.BestWorkerId(request))
+                except grpc.aio.AioRpcError as error:
+                    refused = taken_apart(error)
+                    outcomes.append((refused.code, refused.message, refused.reason, refused.fields))
+            assert outcomes[0] == outcomes[1], fields

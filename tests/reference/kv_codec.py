@@ -289,9 +289,7 @@ def _told(extra: memoryview) -> bool:
     return len(extra) > 0 and extra[0] != _NIL
 
 
-def _extra_keys(
-    extra: memoryview, event: _Stored, blocks: int
-) -> tuple[str, Mapping[int, Sequence[int]]]:
+def _extra_keys(extra: memoryview, event: _Stored, blocks: int) -> tuple[str, Mapping[int, Sequence[int]]]:
     """Take apart what the engine hashed into each block beside its tokens: LoRA name, images, salt, embeddings.
 
     Returns:

@@ -19,6 +19,9 @@ class TokenIds:
     def __new__(cls, tokens: Buffer = b"") -> TokenIds: ...
     def __len__(self) -> int: ...
     def __buffer__(self, flags: int, /) -> memoryview: ...
+    def fit(self, most: int, end: int) -> bool:
+        """Whether there are 1 to `most` ids, all below `end`."""
+
     def first_at_least(self, end: int) -> int:
         """The position of the first id that is `end` or more, -1 if there is none."""
 

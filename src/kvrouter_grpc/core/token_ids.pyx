@@ -96,6 +96,10 @@ cdef class TokenIds:
         view.suboffsets = NULL
         view.internal = NULL
 
+    def fit(self, Py_ssize_t most, uint32_t end):
+        """Whether there are 1 to `most` ids, all below `end`."""
+        return 0 < self.count <= most and not any_at_least(self.data, <size_t>self.count, end)
+
     def first_at_least(self, uint32_t end):
         """The position of the first id that is `end` or more, or -1."""
         cdef Py_ssize_t i

@@ -5,7 +5,7 @@ import secrets
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from contextlib import aclosing
 from contextvars import ContextVar
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
 
 import grpc
 import structlog
@@ -40,14 +40,21 @@ def name_call(given: str) -> str:
     return request_id
 
 
+def is_request_id(request_id: str) -> bool:
+    """Whether a request can be called so."""
+    # It travels in an HTTP header and stands in logs.
+    printable = request_id.isascii() and request_id.isprintable() and " " not in request_id
+    return printable and 0 < len(request_id) <= MAX_REQUEST_ID
+
+
 def request_id_for(given: str) -> str:
     """The caller's request id if it can be used, else one that is made up."""
-    return given if _usable(given) else secrets.token_hex(16)
+    return given if is_request_id(given) else secrets.token_hex(16)
 
 
 def check_request_id(text: str, violations: Violations) -> None:
     """Record a caller's request id that cannot be used; an empty one can be made up."""
-    if text and not _usable(text):
+    if text and not is_request_id(text):
         violations.add("request_id", f"must be 1 to {MAX_REQUEST_ID} printable ASCII characters without spaces")
 
 
@@ -78,10 +85,16 @@ class ErrorBoundary:
         self._write_timeout_s = write_timeout_s
 
     def add_registered_method_handlers(self, service: str, handlers: Mapping[str, Handler]) -> None:
-        """Serve the methods of a service."""
+        """Serve the methods of a service, as generated code adds them."""
+        self.add(service, {name: _reading(handler) for name, handler in handlers.items()})
+
+    def add(self, service: str, handlers: Mapping[str, Handler]) -> None:
+        """Serve the methods of a service whose deserializers do not raise."""
         guarded = {
             name: _guard(handler, f"/{service}/{name}", self._write_timeout_s) for name, handler in handlers.items()
         }
+        # Registered, not generic: gRPC queues the calls of each registered method apart, so that a flood of one does
+        # not get the calls of the others cancelled.
         self._server.add_registered_method_handlers(service, guarded)
 
     def add_generic_rpc_handlers(self, _handlers: Any) -> None:
@@ -94,8 +107,14 @@ def _guard(handler: Any, method: str, write_timeout_s: float) -> Handler:
     guarded = (
         _guard_streaming(inner, method, write_timeout_s) if handler.response_streaming else _guard_unary(inner, method)
     )
-    guarded_handler: Handler = make(guarded, reader(handler.request_deserializer), handler.response_serializer)
-    return guarded_handler
+    return cast("Handler", make(guarded, handler.request_deserializer, handler.response_serializer))
+
+
+def _reading(handler: Any) -> Handler:
+    """The handler, its deserializer one that does not raise."""
+    attribute, make = _KINDS[handler.request_streaming, handler.response_streaming]
+    inner = getattr(handler, attribute)
+    return cast("Handler", make(inner, reader(handler.request_deserializer), handler.response_serializer))
 
 
 _KINDS: Mapping[tuple[bool, bool], tuple[str, Callable[..., Any]]] = {
@@ -142,12 +161,6 @@ async def _write(context: Context, message: Any, patience: Patience, timeout_s: 
         # A status cannot be sent either: it would queue up behind the message.
         _log.warning("client does not read", write_timeout_s=timeout_s)
         raise asyncio.CancelledError from None
-
-
-def _usable(request_id: str) -> bool:
-    # It travels in an HTTP header and stands in logs.
-    printable = request_id.isascii() and request_id.isprintable() and " " not in request_id
-    return printable and 0 < len(request_id) <= MAX_REQUEST_ID
 
 
 async def _abort(context: Context, error: Exception, request: Any, method: str) -> None:

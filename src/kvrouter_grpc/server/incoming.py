@@ -32,7 +32,7 @@ class Asked(NamedTuple, Generic[M]):
 
     message: M
     token_ids: TokenIds
-    plain: bool  # no field but `PLAIN` ones came: what hangs on the others need not be looked at
+    plain: bool  # no field came but those of `PLAIN`
 
 
 class Batch(NamedTuple, Generic[M]):

@@ -42,10 +42,7 @@ def read_prompt(
         violations: Takes what is wrong.
         tokenizer: Whether prompts may be given as text. The tokens of such a prompt are empty.
     """
-    request, tokens, plain = asked
-    if plain:
-        _check_tokens(tokens, config, violations)
-        return Prompt(tokens, lora_name)
+    request, tokens, _ = asked
     violations.check_text("lora_name", request.lora_name, MAX_NAME)
     violations.check_text("cache_salt", request.cache_salt, MAX_SALT)
     if request.text:
@@ -56,6 +53,11 @@ def read_prompt(
     if request.block_mm_hashes and tokens:
         mm_hashes = _read_mm_hashes(request.block_mm_hashes, len(tokens), block_size, violations)
     return Prompt(tokens, lora_name, request.cache_salt, mm_hashes)
+
+
+def token_end(config: ServerConfig) -> int:
+    """Token ids are below this."""
+    return TOKEN_ID_END if config.vocab_size is None else min(config.vocab_size, TOKEN_ID_END)
 
 
 def too_long(tokens: int, config: ServerConfig) -> str:
@@ -87,11 +89,10 @@ def _check_tokens(tokens: TokenIds, config: ServerConfig, violations: Violations
     if len(tokens) > config.max_prompt_tokens:
         violations.add("token_ids", too_long(len(tokens), config))
         return
-    vocab_size = config.vocab_size
-    position = tokens.first_at_least(TOKEN_ID_END if vocab_size is None else min(vocab_size, TOKEN_ID_END))
+    position = tokens.first_at_least(token_end(config))
     if position >= 0:
         token = memoryview(tokens)[position]
-        end = "2^31" if token >= TOKEN_ID_END else f"the vocabulary size {vocab_size}"
+        end = "2^31" if token >= TOKEN_ID_END else f"the vocabulary size {config.vocab_size}"
         violations.add(f"token_ids[{position}]", f"must be below {end}, got {token}")
 
 

@@ -39,8 +39,7 @@ def write_best_worker(message: router_pb2.BestWorkerIdResponse, decision: Decisi
     message.worker_id, message.dp_rank = decision.target
     message.worker_name = decision.worker_name
     message.url = decision.url
-    _write_overlap(message.overlap, decision.overlap)
-    message.overlap_blocks = decision.overlap.total
+    message.overlap_blocks = _write_overlap(message.overlap, decision.overlap)
     message.expected_cached_tokens = decision.expected_cached_tokens
     message.prompt_tokens = decision.prompt_tokens
     message.block_size = decision.block_size
@@ -54,12 +53,15 @@ def write_best_worker(message: router_pb2.BestWorkerIdResponse, decision: Decisi
         message.candidates.extend(map(candidate_message, decision.candidates))
 
 
-def _write_overlap(message: common_pb2.Overlap, overlap: Overlap) -> None:
+def _write_overlap(message: common_pb2.Overlap, overlap: Overlap) -> int:
+    """Blocks by tier; gives their sum."""
+    total = overlap.total
     message.device_blocks = overlap.device  # also when 0: it makes the message be there
-    if overlap.total > overlap.device:
+    if total > overlap.device:
         message.host_blocks = overlap.host
         message.disk_blocks = overlap.disk
         message.remote_blocks = overlap.remote
+    return total
 
 
 def candidate_message(candidate: Candidate) -> common_pb2.Candidate:

@@ -12,13 +12,21 @@ from kvrouter_grpc.config import ServerConfig
 from kvrouter_grpc.errors import DrainingError, InvalidRequestError
 from kvrouter_grpc.routing.router import Router
 from kvrouter_grpc.server import duration
-from kvrouter_grpc.server.boundary import Context, Handler, check_request_id, judge, name_call, request_id_for
+from kvrouter_grpc.server.boundary import (
+    Context,
+    Handler,
+    check_request_id,
+    is_request_id,
+    judge,
+    name_call,
+    request_id_for,
+)
 from kvrouter_grpc.server.endpoints import Endpoints
 from kvrouter_grpc.server.hints import NO_HINTS, read_hints, read_override
-from kvrouter_grpc.server.incoming import Asked, Batch, Unreadable, asked_reader, batch_reader, readable
+from kvrouter_grpc.server.incoming import Asked, Batch, Unreadable, asked_reader, batch_reader, readable, reader
 from kvrouter_grpc.server.opaque_json import read_object
 from kvrouter_grpc.server.params import read_params
-from kvrouter_grpc.server.prompt import MAX_NAME, AskedPrompt, read_prompt, too_long
+from kvrouter_grpc.server.prompt import MAX_NAME, AskedPrompt, read_prompt, token_end, too_long
 from kvrouter_grpc.server.reply import AnswerWriter, overlap_scores_reply, write_best_worker, write_routing_data
 from kvrouter_grpc.server.tokenizer import Tokenizer
 from kvrouter_grpc.server.violations import Violations
@@ -55,6 +63,7 @@ class RouterService:
         self._endpoints = Endpoints(routers)
         self._relay = relay
         self._tokenizer = tokenizer
+        self._token_end = token_end(config)
         self._draining = False
         self._idle: set[asyncio.Timeout] = set()  # of the streams that wait for their next batch
 
@@ -82,11 +91,11 @@ class RouterService:
             ),
             "MarkPrefillComplete": grpc.unary_unary_rpc_method_handler(
                 self.mark_prefill_complete,
-                router_pb2.MarkPrefillCompleteRequest.FromString,
+                reader(router_pb2.MarkPrefillCompleteRequest.FromString),
                 router_pb2.MarkPrefillCompleteResponse.SerializeToString,
             ),
             "Free": grpc.unary_unary_rpc_method_handler(
-                self.free, router_pb2.FreeRequest.FromString, router_pb2.FreeResponse.SerializeToString
+                self.free, reader(router_pb2.FreeRequest.FromString), router_pb2.FreeResponse.SerializeToString
             ),
         }
 
@@ -143,7 +152,8 @@ class RouterService:
     async def best_worker_id(self, asked: AskedBest, _context: Context) -> router_pb2.BestWorkerIdResponse:
         """Decide one."""
         reply = router_pb2.BestWorkerIdResponse()
-        await self._decide(asked, reply)
+        if not self._decide_plain(asked, reply):
+            await self._decide(asked, reply)
         return reply
 
     async def best_worker_id_batch(self, batch: BestBatch, _context: Context) -> router_pb2.BestWorkerIdBatchResponse:
@@ -193,18 +203,34 @@ class RouterService:
 
     # --- decisions ------------------------------------------------------------------------------------------------
 
+    def _decide_plain(self, asked: AskedBest, reply: router_pb2.BestWorkerIdResponse) -> bool:
+        """Fill the reply to a request that is plain and right, as nearly all are; False when it is not.
+
+        The short way to what `_decide` would do; only that one knows all fields and words the refusals.
+        """
+        request, tokens, plain = asked
+        model, request_id = request.model, request.request_id
+        if (
+            not plain
+            or self._draining
+            or not tokens.fit(self._config.max_prompt_tokens, self._token_end)
+            or (request_id and not is_request_id(request_id))
+            or len(model) > MAX_NAME
+        ):
+            return False
+        router = self._endpoints.one(request.endpoint)
+        adapter = router.lora_of(model) if model else ""
+        decision = router.best_worker(Prompt(tokens, adapter), NO_HINTS, model=router.model_for(model, adapter))
+        write_best_worker(reply, decision, router.load(decision.target))
+        return True
+
     async def _decide(self, asked: AskedBest, reply: router_pb2.BestWorkerIdResponse) -> None:
-        """Fill the reply to one request. Gives way to others only when a text is tokenized."""
+        """Fill the reply to any request. Gives way to others only when a text is tokenized."""
         self._refuse_when_draining()
         request = asked.message
         router = self._endpoints.one(request.endpoint)
         violations = Violations()
         check_request_id(request.request_id, violations)
-        if asked.plain:
-            prompt = self._read_prompt(asked, request.model, router, violations)
-            decision = router.best_worker(prompt, NO_HINTS, model=router.model_for(request.model, prompt.lora_name))
-            write_best_worker(reply, decision, router.load(decision.target))
-            return
         hints = read_hints(request, lambda: router.role, violations)
         ttl_s = duration.read("ttl", request.ttl, violations) if request.HasField("ttl") else None
         if request.reserve and not request.request_id:
@@ -238,7 +264,8 @@ class RouterService:
         for asked in batch.requests:
             result = reply.results.add()
             try:
-                await self._decide(readable(asked), result.response)
+                if not self._decide_plain(readable(asked), result.response):
+                    await self._decide(readable(asked), result.response)
             except Exception as error:  # noqa: BLE001 - the boundary of one request
                 given = asked.message.request_id if isinstance(asked, Asked) else ""
                 status = judge(error, request_id_for(given), "BestWorkerId in a batch")
@@ -282,15 +309,13 @@ class RouterService:
     def _read_prompt(self, asked: AskedPrompt, model: str, router: Router, violations: Violations) -> Prompt:
         """The prompt; without its tokens when it is a text. Reads last, so it raises what all readers found."""
         lora_name = asked.message.lora_name
-        if model:
-            violations.check_text("model", model, MAX_NAME)
-            adapter = router.lora_of(model)
-            if adapter and lora_name not in {"", adapter}:
-                violations.add("lora_name", f"differs from the adapter that model names ({adapter}); give one")
-            lora_name = lora_name or adapter
+        violations.check_text("model", model, MAX_NAME)
+        adapter = router.lora_of(model) if model else ""
+        if adapter and lora_name not in {"", adapter}:
+            violations.add("lora_name", f"differs from the adapter that model names ({adapter}); give one")
         prompt = read_prompt(
             asked,
-            lora_name,
+            lora_name or adapter,
             router.index.block_size,
             self._config,
             violations,

@@ -90,7 +90,7 @@ class GrpcServer:
         server = grpc.aio.server(options=server_options(self._config))
         boundary = ErrorBoundary(server, self._config.write_timeout_s)
         if ROUTER in services:
-            boundary.add_registered_method_handlers(ROUTER, self._router_service.handlers())
+            boundary.add(ROUTER, self._router_service.handlers())
         if ADMIN in services:
             admin_pb2_grpc.add_KvRouterAdminServicer_to_server(self._admin_service, cast("grpc.aio.Server", boundary))
         health_pb2_grpc.add_HealthServicer_to_server(self.health, boundary)
