@@ -8,7 +8,7 @@ from typing import Any
 from bench import work
 from kvrouter_grpc._gen import router_pb2, router_pb2_grpc
 from kvrouter_grpc.config import RouterConfig, ServerConfig
-from kvrouter_grpc.routing.index import KvIndex
+from kvrouter_grpc.core import split
 from kvrouter_grpc.routing.router import Router
 from kvrouter_grpc.server.router_service import RouterService
 from kvrouter_grpc.types import Prompt, RoutingHints, StreamState, Target, WorkerSpec, WorkerState
@@ -35,10 +35,9 @@ class Endpoint:
             self.router.add_targets(worker.targets)
             for target in worker.targets:
                 self.router.index.stream(target).state = StreamState.LIVE
-                if hasattr(self.router.index, "refresh"):
-                    self.router.index.refresh(target)
+                self.router.index.refresh(target)
             self.targets += worker.targets
-        self._apply = _applier(self.router.index)
+        self._apply = self.router.index.apply_payload
 
     def blocks(self) -> int:
         """Blocks held, over all workers."""
@@ -81,7 +80,10 @@ class Endpoint:
 
     def decide(self, raw: bytes) -> Target:
         """The worker for a request."""
-        message, tokens = _read(raw)
+        found = split(raw)
+        assert found is not None
+        tokens, rest, _ = found
+        message = router_pb2.BestWorkerIdRequest.FromString(rest)
         return self.router.best_worker(Prompt(tokens), _HINTS, model=message.model).target
 
     def replier(self) -> Callable[[bytes], bytes]:
@@ -125,25 +127,3 @@ def _handlers(service: Any) -> dict[str, Any]:
     registry = _Registry()
     router_pb2_grpc.add_KvRouterServicer_to_server(service, registry)  # type: ignore[arg-type]
     return registry
-
-
-def _applier(index: KvIndex) -> Callable[[Target, bytes], object]:
-    if hasattr(index, "apply_payload"):
-        return index.apply_payload  # type: ignore[no-any-return]
-    from kvrouter_grpc.events.codec import decode_batch  # noqa: PLC0415
-
-    return lambda target, payload: index.apply(target, decode_batch(payload))
-
-
-try:
-    from kvrouter_grpc.core import split
-except ImportError:
-
-    def _read(raw: bytes) -> tuple[router_pb2.BestWorkerIdRequest, Any]:
-        message = router_pb2.BestWorkerIdRequest.FromString(raw)
-        return message, array("I", message.token_ids)
-else:
-
-    def _read(raw: bytes) -> tuple[router_pb2.BestWorkerIdRequest, Any]:
-        tokens, rest = split(raw)
-        return router_pb2.BestWorkerIdRequest.FromString(rest), tokens

@@ -95,9 +95,7 @@ cdef inline void _prefill_first(
 ) noexcept nogil:
     # queued + (1 + k) * new + shortage, in tokens: the private wait before this prompt is computed; what must be
     # computed for it, which delays everyone after it and evicts other prefixes, hence its own weight; and by how
-    # much the pinned blocks and this request exceed the cache. On public conversation and agent traces k = 2 halves
-    # the mean time to first token of the `dynamo` cost at weight 1 and is within noise of a greedy oracle; the
-    # optimum is flat from 1 to 3.
+    # much the pinned blocks and this request exceed the cache.
     cdef double held = <double>overlap_total(overlap) * target.freshness
     cdef int64_t missing
     if overlap.in_flight > held:
