@@ -24,14 +24,13 @@ from kvrouter_grpc.core.hash_table cimport Entry, table_find, table_init
 from kvrouter_grpc.core.invariants cimport tree_check
 from kvrouter_grpc.core.memory cimport release, resize
 from kvrouter_grpc.core.slot cimport named_place, place_edge, slot_clear, slot_copy, slot_remove, slot_store
-from kvrouter_grpc.core.tree cimport Slot, edge_depth
+from kvrouter_grpc.core.tree cimport DEEPEST, Slot, edge_depth
 from kvrouter_grpc.core.walk cimport tree_extend, tree_match
 
 cdef c_array.array U32 = array("I")
 
 cdef enum:
     MOST_BLOCKS = 1 << 20  # in one call: bounds the memory that a hostile event can make us take
-    DEEPEST = 1 << 30  # blocks; keeps every depth within 32 bits
 
 
 @cython.final

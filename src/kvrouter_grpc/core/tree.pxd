@@ -45,6 +45,10 @@ from kvrouter_grpc.core.run cimport (
 )
 
 
+cdef enum:
+    DEEPEST = 1 << 30  # blocks; keeps every depth within 32 bits
+
+
 cdef struct Slot:
     Table names  # engine hash -> place (see slot.pxd)
     Table aliases  # place -> how many engine hashes name it beyond the first

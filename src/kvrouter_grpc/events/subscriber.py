@@ -12,11 +12,11 @@ import structlog
 import zmq
 
 from kvrouter_grpc.config import EventsConfig
-from kvrouter_grpc.events.codec import CodecError, CodecLimits, decode_batch
+from kvrouter_grpc.core import Applied, BatchError
 from kvrouter_grpc.events.sequence import StreamTracker, Verdict
 from kvrouter_grpc.events.sockets import Change, EventSockets, EventSource, Message
 from kvrouter_grpc.routing.stream import StreamStatus
-from kvrouter_grpc.types import CacheCleared, KvBatch, StreamState, Target
+from kvrouter_grpc.types import StreamState, Target
 
 __all__ = ["EventSource", "KvSink", "Subscriber"]
 
@@ -49,14 +49,21 @@ log = structlog.get_logger(__name__)
 class KvSink(Protocol):
     """Where batches go: the index of an endpoint."""
 
-    def apply(self, target: Target, batch: KvBatch) -> None:
-        """Apply one batch of the target's stream; they come in order."""
+    def apply_payload(self, target: Target, payload: bytes) -> Applied:
+        """Apply one batch of the target's stream; they come in order.
+
+        Raises:
+            BatchError: The payload is no batch, and nothing was applied.
+        """
 
     def clear(self, target: Target) -> None:
         """Forget what the target holds."""
 
     def stream(self, target: Target) -> StreamStatus:
         """The target's status, which the subscriber keeps true."""
+
+    def refresh(self, target: Target) -> None:
+        """The status has been brought up to date."""
 
 
 class Subscriber:
@@ -94,7 +101,6 @@ class Subscriber:
         self._turn = turn or asyncio.Lock()
         self._wake = asyncio.Event()
         self._sockets = EventSockets(source, config, context, self._wake.set)
-        self._limits = CodecLimits(max_payload_bytes=config.max_message_bytes)
         self._tracker = StreamTracker(
             can_replay=source.replay is not None,
             max_held=config.max_pending_batches,
@@ -244,15 +250,14 @@ class Subscriber:
 
     def _apply(self, payload: bytes) -> None:
         try:
-            batch = decode_batch(payload, self._limits)
-        except CodecError as error:
+            applied = self._index.apply_payload(self._target, payload)
+        except BatchError as error:
             self._misshapen(str(error))
             self._tracker.unreadable()
             return
-        self._index.apply(self._target, batch)
         self._status.batches += 1
-        self._status.skipped += batch.skipped
-        if any(isinstance(event, CacheCleared) for event in batch.events):
+        self._status.skipped += applied.skipped
+        if applied.cleared:
             self._tracker.cleared()
 
     # --- what is due ----------------------------------------------------------------------------------------------

@@ -3,25 +3,18 @@
 from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
-from kvrouter_grpc.core import RadixTree, hash_sequence, seed_for
-from kvrouter_grpc.routing.orphans import OrphanLot
+from kvrouter_grpc.core import Applied, KvFeed, RadixTree, hash_sequence, seed_for
 from kvrouter_grpc.routing.stream import StreamStatus
 from kvrouter_grpc.types import (
-    BlocksRemoved,
-    BlocksStored,
-    CacheCleared,
-    KvBatch,
     Overlap,
     Prompt,
     Target,
     Tier,
 )
 
-PREFIX_KINDS = frozenset({"", "full_attention", "mla_attention", "sink_full_attention"})
-"""Kinds of KV cache group whose blocks serve any later prompt with the same prefix. Sliding-window and state-space
-groups keep only their end, so their blocks say nothing about the prefix."""
-
+TIERS = tuple(Tier)
 LOWER_TIERS = (Tier.HOST, Tier.DISK, Tier.REMOTE)
 
 
@@ -29,10 +22,9 @@ LOWER_TIERS = (Tier.HOST, Tier.DISK, Tier.REMOTE)
 class _CacheView:
     """What is known of one target's cache."""
 
+    feed: KvFeed
     slots: dict[Tier, int] = field(default_factory=dict)  # tree slot of each tier seen
     stream: StreamStatus = field(default_factory=StreamStatus)
-    orphans: OrphanLot = field(default_factory=OrphanLot)
-    other_groups: set[int] = field(default_factory=set)  # KV cache groups that hold no prefixes
 
 
 class KvIndex:
@@ -66,12 +58,17 @@ class KvIndex:
 
     def add(self, target: Target) -> None:
         """Start to know `target`; nothing happens when it is known."""
-        self._views.setdefault(target, _CacheView())
+        if target not in self._views:
+            feed = KvFeed(partial(self._tree_for, target), partial(self._slot, target))
+            self._views[target] = _CacheView(feed)
 
     def remove(self, target: Target) -> None:
         """Forget `target` and everything it holds."""
         view = self._views.pop(target, None)
-        if view is not None and self._tree is not None:
+        if view is None:
+            return
+        view.feed.close()
+        if self._tree is not None:
             for slot in view.slots.values():
                 self._tree.remove_slot(slot)
 
@@ -98,7 +95,7 @@ class KvIndex:
     def orphans(self, target: Target) -> int:
         """Blocks of the target that wait for their parent."""
         view = self._views.get(target)
-        return len(view.orphans) if view is not None else 0
+        return view.feed.orphans if view is not None else 0
 
     def stats(self) -> dict[str, int]:
         """Counters of the tree: `edges`, `blocks`, `bytes` and others; empty while there is no tree."""
@@ -106,94 +103,40 @@ class KvIndex:
 
     # --- events ---------------------------------------------------------------------------------------------------
 
-    def apply(self, target: Target, batch: KvBatch) -> None:
-        """Apply one message of the target's stream. Messages of a target that was removed are ignored."""
+    def apply_payload(self, target: Target, payload: bytes) -> Applied:
+        """Apply one message of the target's stream. Messages of a target that was removed are ignored.
+
+        Args:
+            target: Whose stream it is; its messages come in order.
+            payload: The message's third frame, msgpack; see `core/kv_event.pxd`.
+
+        Raises:
+            BatchError: The payload is no event batch: nothing was applied.
+        """
         view = self._views.get(target)
-        if view is None:
-            return
-        for event in batch.events:
-            if isinstance(event, BlocksStored):
-                self._stored(target, view, event)
-            elif isinstance(event, BlocksRemoved):
-                self._removed(view, event)
-            elif isinstance(event, CacheCleared):
-                self._clear(view)
+        return view.feed.apply(payload) if view is not None else Applied()
 
     def clear(self, target: Target) -> None:
         """Forget what the target holds: its engine restarted."""
         view = self._views.get(target)
         if view is not None:
-            self._clear(view)
+            view.feed.clear()
 
-    def _clear(self, view: _CacheView) -> None:
-        view.orphans.clear()
-        if self._tree is not None:
-            for slot in view.slots.values():
-                self._tree.clear(slot)
+    def refresh(self, target: Target) -> None:
+        """The status of the target's stream has changed."""
 
-    def _stored(self, target: Target, view: _CacheView, event: BlocksStored) -> None:
-        if event.kind not in PREFIX_KINDS:
-            view.other_groups.add(event.group)
-            return
-        if event.kind:
-            view.other_groups.discard(event.group)
-        if event.tokens and not self.learn_block_size(event.block_size):
-            self._on_block_size(target, event.block_size)
-            return
-        waiting = [event]
-        while waiting:
-            stored = waiting.pop()
-            if not self._store(view, stored):
-                view.orphans.park(stored)
-            elif view.orphans.waiting and self._tree is not None:
-                slot = self._slot(self._tree, view, stored.tier)
-                self._tree.remove(slot, array("Q", view.orphans.take_removals(stored.hashes)))
-                waiting += view.orphans.adopt(stored.hashes)
+    def _tree_for(self, target: Target, block_size: int) -> RadixTree | None:
+        """The tree, if blocks of this size belong in it."""
+        if self.learn_block_size(block_size):
+            return self._tree
+        self._on_block_size(target, block_size)
+        return None
 
-    def _store(self, view: _CacheView, event: BlocksStored) -> bool:
-        tree = self._tree
-        if tree is None:
-            return True  # blocks without tokens before any with: there is nothing to name them by
-        slot = self._slot(tree, view, event.tier)
-        if not event.tokens:
-            # An offloaded copy named by hash alone: another tier of the same rank knows what the hash stands for.
-            for other in tuple(view.slots.values()):
-                if other != slot and tree.store_known(slot, other, event.hashes):
-                    break
-            return True
-        seed = seed_for(event.lora_name, event.cache_salt)
-        mm_hashes = event.mm_hashes or None
-        if tree.store(slot, event.parent, event.hashes, event.tokens, seed, mm_hashes):
-            return True
-        return any(
-            tree.store(slot, event.parent, event.hashes, event.tokens, seed, mm_hashes, other)
-            for other in view.slots.values()
-            if other != slot
-        )
-
-    def _removed(self, view: _CacheView, event: BlocksRemoved) -> None:
-        if self._tree is None or event.group in view.other_groups:
-            return
-        slot = view.slots.get(event.tier)
-        hashes = event.hashes
-        if len(view.orphans):
-            held = slot if slot is not None else -1
-            hashes = array(
-                "Q",
-                [
-                    engine_hash
-                    for engine_hash in hashes
-                    if (held >= 0 and self._tree.holds(held, engine_hash)) or not view.orphans.remove(engine_hash)
-                ],
-            )
-        if slot is not None:
-            self._tree.remove(slot, hashes)
-
-    def _slot(self, tree: RadixTree, view: _CacheView, tier: Tier) -> int:
-        slot = view.slots.get(tier)
-        if slot is None:
-            slot = view.slots[tier] = tree.add_slot()
-            self._depths = None  # too short by now
+    def _slot(self, target: Target, tier: int) -> int:
+        """A slot for a tier that the target is seen to use for the first time."""
+        assert self._tree is not None  # noqa: S101  # the feed asks for the tree first
+        slot = self._views[target].slots[TIERS[tier]] = self._tree.add_slot()
+        self._depths = None  # too short by now
         return slot
 
     # --- questions ------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Reads one message of an engine's KV event stream.
+"""The naive twin of the compiled event reader: typed, slow, and with another MessagePack parser.
 
 vLLM has published two generations of events: up to 0.23 an event is an array whose first element names its kind, since
 0.24 a map with a `type` key. Fields were only ever appended, so one positional layout covers every release:
@@ -19,10 +19,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import msgspec
+import xxhash
 from msgspec.msgpack import Decoder
 
-from kvrouter_grpc.core import hash_bytes
-from kvrouter_grpc.types import BlocksRemoved, BlocksStored, CacheCleared, KvBatch, KvEvent, Tier
+from kvrouter_grpc.types import Tier
+from reference.kv_events import BlocksRemoved, BlocksStored, CacheCleared, KvBatch, KvEvent
 
 U64 = 0xFFFF_FFFF_FFFF_FFFF
 
@@ -55,12 +56,12 @@ class CodecError(Exception):
 class CodecLimits:
     """What one payload may hold. The bounds are far above what engines send and keep decoding cheap and small."""
 
-    max_payload_bytes: int = 64 << 20
     max_events: int = 1 << 16  # per batch
     max_blocks: int = 1 << 20  # per event
     max_block_size: int = 1 << 20  # tokens
     max_extra_key_bytes: int = 1 << 16  # per block
     max_name_chars: int = 4096  # LoRA names and cache salts
+    max_groups: int = 64  # KV cache groups
 
 
 DEFAULT_LIMITS = CodecLimits()
@@ -77,10 +78,8 @@ def decode_batch(payload: bytes, limits: CodecLimits = DEFAULT_LIMITS) -> KvBatc
         The batch with the events that could be read, in order; the others are counted in `skipped`.
 
     Raises:
-        CodecError: The payload is too large or is no event batch.
+        CodecError: The payload is no event batch.
     """
-    if len(payload) > limits.max_payload_bytes:
-        raise CodecError(f"the payload has {len(payload)} bytes, more than {limits.max_payload_bytes}")
     if not payload:
         raise CodecError("the payload is empty")
     try:
@@ -195,13 +194,17 @@ def _array_header(raw: memoryview) -> tuple[int, int]:
 # --- events --------------------------------------------------------------------------------------------------------
 
 
+def _xxh3(data: bytes, seed: int) -> int:
+    return xxhash.xxh3_64_intdigest(data, seed)
+
+
 def _read_event(raw: msgspec.Raw, limits: CodecLimits) -> KvEvent:
     event = (_EVENT_MAP if _is_map(memoryview(raw)[0]) else _EVENT_ARRAY).decode(raw)
     if isinstance(event, _Stored):
         return _stored(event, limits)
     if isinstance(event, _Removed):
         hashes = _hashes(event.block_hashes, limits)
-        return BlocksRemoved(hashes, _tier(event.medium, event.locality), _group(event.group_idx))
+        return BlocksRemoved(hashes, _tier(event.medium, event.locality), _group(event.group_idx, limits))
     return CacheCleared()
 
 
@@ -242,7 +245,7 @@ def _stored(event: _Stored, limits: CodecLimits) -> BlocksStored:
         cache_salt=salt,
         mm_hashes=mm_hashes,
         tier=tier,
-        group=_group(event.group_idx),
+        group=_group(event.group_idx, limits),
         kind=event.kv_cache_spec_kind or "",
         window=event.kv_cache_spec_sliding_window,
     )
@@ -270,13 +273,17 @@ def _hash(value: _Hash) -> int:
 
 
 def _tier(medium: str | None, locality: str | None) -> Tier:
+    if medium is not None and not medium.isascii():  # "ſ".upper() is "S"
+        raise ValueError("medium")
     tier = TIERS.get(medium if medium is None else medium.upper())
     if tier is None or locality not in (None, "LOCAL", "REMOTE"):
         raise ValueError("medium or locality")
     return Tier.REMOTE if locality == "REMOTE" else tier
 
 
-def _group(index: int | None) -> int:
+def _group(index: int | None, limits: CodecLimits) -> int:
+    if not 0 <= (index or 0) < limits.max_groups:
+        raise ValueError("group_idx")
     return index or 0
 
 
@@ -322,7 +329,7 @@ def _extra_keys(
             try:
                 key = _EXTRA_KEY.decode(raw_key)
             except _UNREADABLE:
-                mm_hashes.setdefault(block, []).append(hash_bytes(bytes(raw_key), 0))
+                mm_hashes.setdefault(block, []).append(_xxh3(bytes(raw_key), 0))
                 continue
             if not isinstance(key, str):
                 mm_hashes.setdefault(block, []).append(_mm_hash(key[0]))
@@ -341,4 +348,4 @@ def _mm_hash(identifier: str) -> int:
     """The u64 of a multimodal object: the head of a digest given in hex, else a hash of the name (Dynamo's rule)."""
     if _HEX64.fullmatch(identifier):
         return int(identifier[:16], 16)
-    return hash_bytes(identifier.encode(), 0)
+    return _xxh3(identifier.encode(), 0)
