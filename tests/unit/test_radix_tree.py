@@ -152,6 +152,21 @@ def test_a_hash_stored_for_another_block_moves(tree):
     assert matched(tree, 2) == [1]
 
 
+def test_one_store_that_moves_many_hashes_leaves_nothing_behind(tree):
+    """The blocks it takes the hashes from lie below each other, and another slot holds the upper ones."""
+    a, b = tree.add_slot(), tree.add_slot()
+    tree.store(a, None, names(7, 9), prompt(1, 2), SEED)
+    tree.store(a, 9, names(2), prompt(3), SEED)
+    tree.store(a, 9, names(11, 10, 1), prompt(4, 3, 4), SEED)
+    tree.store(a, 1, names(8, 9, 0, 5, 5, 1), prompt(5, 6, 4, 3, 5, 6), SEED)
+    tree.store(a, 2, names(5, 8), prompt(7, 4), SEED)
+    tree.store(b, 11, names(7, 3, 4), prompt(6, 3, 4), SEED, None, a)
+    tree.store(a, 0, names(8, 9), prompt(4, 3), SEED)
+    tree._check()
+    tree.store(a, 3, names(1, 8, 9, 4, 2, 0), prompt(8, 4, 4, 5, 4, 4), SEED, None, b)
+    tree._check()
+
+
 def test_equal_hashes_in_one_store_and_a_parent_in_its_own_list(tree):
     a = tree.add_slot()
     tree.store(a, None, names(7, 7, 7), prompt(1, 2, 3), SEED)

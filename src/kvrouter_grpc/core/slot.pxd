@@ -59,6 +59,7 @@ cdef struct Moves:
     uint64_t* places
     size_t count
     size_t capacity
+    Edge* failed  # where the store stopped for want of memory
 
 
 cdef inline uint64_t place_of(const Edge* edge, uint32_t block) noexcept nogil:
@@ -175,12 +176,21 @@ cdef inline int _name(
 
 cdef inline void _settle_moves(Tree* tree, uint32_t slot_id, Moves* moves) noexcept nogil:
     cdef uint32_t block = 0
+    cdef int at
     cdef Edge* edge
     cdef size_t i
+    # All covers first: cutting one edge may end the place of another move, and its cover could not be found then.
+    for i in range(moves.count):
+        edge = place_edge(tree, moves.places[i], &block)
+        at = cover_find(edge, slot_id)
+        if at >= 0:
+            cover_settle(&tree.meter, edge, <uint32_t>at)
+    if moves.failed != NULL:
+        tree_settle(tree, moves.failed, slot_id)
     for i in range(moves.count):
         edge = place_edge(tree, moves.places[i], &block)
         if edge != NULL:
-            tree_settle(tree, edge, slot_id)
+            tree_prune(tree, edge)
     release(&tree.meter, moves.places, moves.capacity * sizeof(uint64_t))
 
 
@@ -212,7 +222,7 @@ cdef inline int _store(
                 if child == NULL:
                     child = tree_branch(tree, edge, seed, seqs + done, count - done)
                     if child == NULL:
-                        tree_prune(tree, edge)  # a split made for this branch is undone
+                        moves.failed = edge  # a split made for this branch is undone
                         return -1
                 edge = child
                 block = 0
@@ -230,7 +240,7 @@ cdef inline int _store(
                 failed = -1
                 break
         if failed:
-            tree_settle(tree, edge, slot_id)
+            moves.failed = edge
             return -1
         cover_tidy(&tree.meter, edge, <uint32_t>at)
         block += common
@@ -256,6 +266,7 @@ cdef inline int slot_store(
     cdef Moves moves
     cdef int failed
     moves.places = NULL
+    moves.failed = NULL
     moves.count = moves.capacity = 0
     if table_reserve(&tree.meter, &tree.slots[slot_id].names, count):
         return -1
@@ -279,6 +290,7 @@ cdef inline int64_t slot_copy(
     cdef Edge* edge
     cdef Moves moves
     moves.places = NULL
+    moves.failed = NULL
     moves.count = moves.capacity = 0
     if table_reserve(&tree.meter, &slot.names, count):
         return -1
@@ -289,7 +301,7 @@ cdef inline int64_t slot_copy(
         edge = place_edge(tree, named_place(entry), &block)
         at = cover_ensure(&tree.meter, edge, slot_id)
         if at < 0 or _name(tree, slot_id, names[i], edge, <uint32_t>at, block, &moves):
-            tree_settle(tree, edge, slot_id)
+            moves.failed = edge
             failed = -1
             break
         cover_tidy(&tree.meter, edge, <uint32_t>at)
