@@ -6,8 +6,10 @@ from collections import Counter
 import pytest
 
 from contract.captured import FILES, lines, messages
-from kvrouter_grpc.events.codec import decode_batch
-from kvrouter_grpc.types import BlocksRemoved, BlocksStored, CacheCleared, KvBatch, KvEvent, Tier
+from kvrouter_grpc.types import Tier
+from reference.feeds import FeedPair
+from reference.kv_codec import decode_batch
+from reference.kv_events import BlocksRemoved, BlocksStored, CacheCleared, KvBatch, KvEvent
 
 # Positions of an event in array form, which only ever grew at the end.
 STORED = (
@@ -74,6 +76,16 @@ def test_every_message_of(name: str) -> None:
         assert decode_batch(message.payload) == KvBatch(ts, [expected(named(e)) for e in events], dp_rank, skipped=0)
         count += 1
     assert count >= 5
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_the_index_follows(name: str) -> None:
+    """The compiled feed does with every message what the typed twin says that it means."""
+    pair = FeedPair(targets=2)
+    for message in messages(name):
+        assert pair.apply(message.decoded[2], message.payload) == 0
+        pair.compare()
+    pair.finish()
 
 
 def test_the_recordings_show_what_they_promise() -> None:

@@ -11,9 +11,12 @@ import zmq
 import zmq.asyncio
 
 from kvrouter_grpc.config import EventsConfig
+from kvrouter_grpc.core import Applied, KvFeed
 from kvrouter_grpc.events.subscriber import EventSource, Subscriber
 from kvrouter_grpc.routing.stream import StreamStatus
-from kvrouter_grpc.types import BlocksStored, KvBatch, StreamState, Target
+from kvrouter_grpc.types import StreamState, Target
+from reference.kv_codec import decode_batch
+from reference.kv_events import BlocksStored
 
 TARGET = Target(7, 0)
 END = b"\xff" * 8
@@ -98,14 +101,17 @@ class Sink:
 
     def __init__(self) -> None:
         self.status = StreamStatus()
+        self.feed = KvFeed(lambda _: None, lambda _: 0)  # reads, and indexes nothing
         self.numbers: list[int] = []
         self.clears = 0
 
-    def apply(self, target: Target, batch: KvBatch) -> None:
+    def apply_payload(self, target: Target, payload: bytes) -> Applied:
         assert target == TARGET
-        for event in batch.events:
+        applied = self.feed.apply(payload)
+        for event in decode_batch(payload).events:
             assert isinstance(event, BlocksStored)
             self.numbers.append(event.hashes[0] - 1)
+        return applied
 
     def clear(self, target: Target) -> None:
         assert target == TARGET
@@ -114,6 +120,9 @@ class Sink:
 
     def stream(self, target: Target) -> StreamStatus:
         return self.status
+
+    def refresh(self, target: Target) -> None:
+        assert target == TARGET
 
 
 class Bench:

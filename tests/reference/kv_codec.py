@@ -16,7 +16,6 @@ import math
 import re
 from array import array
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 import msgspec
 import xxhash
@@ -52,27 +51,19 @@ class CodecError(Exception):
     """The engine's fault: a payload that is no event batch. The text names the part and never quotes the payload."""
 
 
-@dataclass(frozen=True, slots=True)
-class CodecLimits:
-    """What one payload may hold. The bounds are far above what engines send and keep decoding cheap and small."""
-
-    max_events: int = 1 << 16  # per batch
-    max_blocks: int = 1 << 20  # per event
-    max_block_size: int = 1 << 20  # tokens
-    max_extra_key_bytes: int = 1 << 16  # per block
-    max_name_chars: int = 4096  # LoRA names and cache salts
-    max_groups: int = 64  # KV cache groups
+MOST_EVENTS = 1 << 16  # per batch
+MOST_BLOCKS = 1 << 20  # per event
+LARGEST_BLOCK = 1 << 20  # tokens
+LARGEST_KEYS = 1 << 16  # bytes of extra keys per block
+LONGEST_NAME = 4096  # characters of LoRA names and cache salts
+GROUPS = 64  # KV cache groups
 
 
-DEFAULT_LIMITS = CodecLimits()
-
-
-def decode_batch(payload: bytes, limits: CodecLimits = DEFAULT_LIMITS) -> KvBatch:
+def decode_batch(payload: bytes) -> KvBatch:
     """Read the third frame of an event message.
 
     Args:
         payload: msgpack, see the module's description.
-        limits: Bounds on what is read.
 
     Returns:
         The batch with the events that could be read, in order; the others are counted in `skipped`.
@@ -85,8 +76,8 @@ def decode_batch(payload: bytes, limits: CodecLimits = DEFAULT_LIMITS) -> KvBatc
     try:
         batch = (_BATCH_MAP if _is_map(payload[0]) else _BATCH_ARRAY).decode(payload)
         count, _ = _array_header(memoryview(batch.events))
-        if count > limits.max_events:
-            raise CodecError(f"the batch has {count} events, more than {limits.max_events}")
+        if count > MOST_EVENTS:
+            raise CodecError(f"the batch has {count} events, more than {MOST_EVENTS}")
         raw_events = _RAW_LIST.decode(batch.events)
     except _UNREADABLE:
         # The parser's own text may quote the payload, so it stays here.
@@ -96,7 +87,7 @@ def decode_batch(payload: bytes, limits: CodecLimits = DEFAULT_LIMITS) -> KvBatc
     events: list[KvEvent] = []
     for raw in raw_events:
         try:
-            events.append(_read_event(raw, limits))
+            events.append(_read_event(raw))
         except _UNREADABLE:
             continue
     return KvBatch(batch.ts, events, batch.data_parallel_rank, len(raw_events) - len(events))
@@ -198,21 +189,21 @@ def _xxh3(data: bytes, seed: int) -> int:
     return xxhash.xxh3_64_intdigest(data, seed)
 
 
-def _read_event(raw: msgspec.Raw, limits: CodecLimits) -> KvEvent:
+def _read_event(raw: msgspec.Raw) -> KvEvent:
     event = (_EVENT_MAP if _is_map(memoryview(raw)[0]) else _EVENT_ARRAY).decode(raw)
     if isinstance(event, _Stored):
-        return _stored(event, limits)
+        return _stored(event)
     if isinstance(event, _Removed):
-        hashes = _hashes(event.block_hashes, limits)
-        return BlocksRemoved(hashes, _tier(event.medium, event.locality), _group(event.group_idx, limits))
+        hashes = _hashes(event.block_hashes)
+        return BlocksRemoved(hashes, _tier(event.medium, event.locality), _group(event.group_idx))
     return CacheCleared()
 
 
-def _stored(event: _Stored, limits: CodecLimits) -> BlocksStored:
-    hashes = _hashes(event.block_hashes, limits)
+def _stored(event: _Stored) -> BlocksStored:
+    hashes = _hashes(event.block_hashes)
     tier = _tier(event.medium, event.locality)
     block_size = event.block_size or 0
-    if not 0 <= block_size <= limits.max_block_size:
+    if not 0 <= block_size <= LARGEST_BLOCK:
         raise ValueError("block_size")
     tokens = array("I", event.token_ids or ())
     if tokens and not block_size:
@@ -229,12 +220,12 @@ def _stored(event: _Stored, limits: CodecLimits) -> BlocksStored:
             # such blocks are named by what another group or tier said of the same hashes, or not at all.
             tokens = array("I")
         else:
-            salt, mm_hashes = _extra_keys(extra, event, len(hashes), limits)
+            salt, mm_hashes = _extra_keys(extra, event, len(hashes))
             hashes = hashes[: len(tokens) // block_size]
             if not hashes:
                 raise ValueError("token_ids covers no block")
             del tokens[len(hashes) * block_size :]
-    if len(lora_name) > limits.max_name_chars or len(salt) > limits.max_name_chars:
+    if len(lora_name) > LONGEST_NAME or len(salt) > LONGEST_NAME:
         raise ValueError("lora_name or cache_salt")
     return BlocksStored(
         hashes=hashes,
@@ -245,14 +236,14 @@ def _stored(event: _Stored, limits: CodecLimits) -> BlocksStored:
         cache_salt=salt,
         mm_hashes=mm_hashes,
         tier=tier,
-        group=_group(event.group_idx, limits),
+        group=_group(event.group_idx),
         kind=event.kv_cache_spec_kind or "",
         window=event.kv_cache_spec_sliding_window,
     )
 
 
-def _hashes(values: list[_Hash], limits: CodecLimits) -> "array[int]":
-    if len(values) > limits.max_blocks:
+def _hashes(values: list[_Hash]) -> "array[int]":
+    if len(values) > MOST_BLOCKS:
         raise ValueError("block_hashes")
     try:
         return array("Q", values)  # type: ignore[arg-type]  # bytes raise TypeError
@@ -281,8 +272,8 @@ def _tier(medium: str | None, locality: str | None) -> Tier:
     return Tier.REMOTE if locality == "REMOTE" else tier
 
 
-def _group(index: int | None, limits: CodecLimits) -> int:
-    if not 0 <= (index or 0) < limits.max_groups:
+def _group(index: int | None) -> int:
+    if not 0 <= (index or 0) < GROUPS:
         raise ValueError("group_idx")
     return index or 0
 
@@ -299,7 +290,7 @@ def _told(extra: memoryview) -> bool:
 
 
 def _extra_keys(
-    extra: memoryview, event: _Stored, blocks: int, limits: CodecLimits
+    extra: memoryview, event: _Stored, blocks: int
 ) -> tuple[str, Mapping[int, Sequence[int]]]:
     """Take apart what the engine hashed into each block beside its tokens: LoRA name, images, salt, embeddings.
 
@@ -322,7 +313,7 @@ def _extra_keys(
         data = memoryview(raw)
         if data[0] == _NIL:
             continue
-        if len(data) > limits.max_extra_key_bytes:
+        if len(data) > LARGEST_KEYS:
             raise ValueError("extra_keys")
         lora_name = event.lora_name
         for raw_key in _RAW_LIST.decode(raw):

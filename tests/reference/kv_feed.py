@@ -92,7 +92,9 @@ class ReferenceFeed:
         waiting = self.orphans.adopt(event.hashes)
         while waiting:
             orphan = waiting.pop()
-            assert self.store(orphan)
+            if not self.store(orphan):  # its parent is gone again, by a removal noted for another orphan
+                self.orphans.link(orphan)
+                continue
             for name in orphan.hashes:
                 if self.orphans.release(orphan.tier, name):
                     self.tree.remove(self.slot(orphan.tier), array("Q", [name]))

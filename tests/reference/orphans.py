@@ -15,9 +15,12 @@ class OrphanLot:
         self.blocks = 0
         self.dropped = 0
 
-    def park(self, event) -> None:
+    def link(self, event) -> None:
         self.events.append(event)
         self.blocks += len(event.hashes)
+
+    def park(self, event) -> None:
+        self.link(event)
         self.copies.update((event.tier, name) for name in event.hashes)
         while self.blocks > MOST_ORPHANS:
             oldest = self.events.pop(0)

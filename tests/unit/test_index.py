@@ -9,15 +9,13 @@ import pytest
 from kvrouter_grpc.core import hash_sequence, seed_for
 from kvrouter_grpc.routing.index import KvIndex
 from kvrouter_grpc.types import (
-    BlocksRemoved,
-    BlocksStored,
-    CacheCleared,
-    KvBatch,
     Overlap,
     Prompt,
     Target,
     Tier,
 )
+from reference.kv_encode import encode_batch
+from reference.kv_events import BlocksRemoved, BlocksStored, CacheCleared
 
 A, B = Target(1, 0), Target(2, 0)
 SIZE = 4
@@ -53,7 +51,7 @@ def index(differing):
 
 
 def apply(index, target, *events):
-    index.apply(target, KvBatch(0.0, list(events)))
+    index.apply_payload(target, encode_batch(events))
 
 
 def overlap(index, values, target=A, **kwargs):

@@ -1,4 +1,7 @@
-"""The codec on what the recordings do not show: every field's rule, every limit, and bytes that are no batch."""
+"""Messages that the recordings do not show: every field's rule, every limit, and bytes that are no batch.
+
+The typed twin says here what a message means; each message also goes through the compiled feed, which must do the same.
+"""
 
 from array import array
 from typing import Any
@@ -7,15 +10,28 @@ import msgspec
 import pytest
 import xxhash
 
-from kvrouter_grpc.events.codec import DEFAULT_LIMITS, TIERS, CodecError, CodecLimits, decode_batch
-from kvrouter_grpc.types import BlocksRemoved, BlocksStored, CacheCleared, KvBatch, Tier
+from kvrouter_grpc.core import BatchError, KvFeed
+from kvrouter_grpc.types import Tier
+from reference.feeds import FeedPair
+from reference.kv_codec import TIERS, CodecError
+from reference.kv_codec import decode_batch as twin_decode_batch
+from reference.kv_events import BlocksRemoved, BlocksStored, CacheCleared, KvBatch
 
 encode = msgspec.msgpack.encode
 HEX = "00ff00ff00ff00ff" + "ab" * 24
 
 
-def decode(*events: Any, limits: CodecLimits = DEFAULT_LIMITS) -> KvBatch:
-    return decode_batch(encode([1.5, list(events), 0]), limits)
+def decode_batch(payload: bytes) -> KvBatch:
+    """What the twin makes of a message, after the compiled feed has been seen to do the same with it."""
+    pair = FeedPair(targets=1)
+    pair.apply(0, payload)
+    pair.apply(0, payload)  # everything is a duplicate now, or an orphan for the second time
+    pair.finish()
+    return twin_decode_batch(payload)
+
+
+def decode(*events: Any) -> KvBatch:
+    return decode_batch(encode([1.5, list(events), 0]))
 
 
 def stored(blocks: int = 2, **changes: Any) -> dict[str, Any]:
@@ -82,27 +98,27 @@ def test_batch_shapes(batch: Any, dp_rank: int | None) -> None:
         encode([1.0, []])[:-1],
         b"\x92" + encode(1.0) + b"\xdd\xff\xff\xff\xff",
         b"\x91" * 200_000,
-        b"\x92" + encode(1.0) + b"\x91" * 200_000 + b"\x90",
         b"\x81\xa2\xff\xfe\x01",
         b"HTTP/1.1 400 Bad Request\r\n\r\n",
     ],
-    ids=range(21),
+    ids=range(20),
 )
 def test_what_is_no_batch(payload: bytes) -> None:
-    with pytest.raises(CodecError) as caught:
+    with pytest.raises(CodecError):
         decode_batch(payload)
-    assert caught.value.__cause__ is None
+    feed = KvFeed(lambda _: None, lambda _: 0)
+    with pytest.raises(BatchError) as caught:
+        feed.apply(payload)
     assert "HTTP" not in str(caught.value)
 
 
-def test_limits_of_the_batch() -> None:
-    cleared = ["AllBlocksCleared"]
-    limits = CodecLimits(max_payload_bytes=200, max_events=3)
-    assert len(decode(*[cleared] * 3, limits=limits).events) == 3
-    with pytest.raises(CodecError, match="4 events, more than 3"):
-        decode(*[cleared] * 4, limits=limits)
-    with pytest.raises(CodecError, match="bytes, more than 200"):
-        decode_batch(encode([1.0, [b"x" * 200], 0]), limits)
+def test_a_limit_on_events() -> None:
+    cleared = b"\x91\xb0AllBlocksCleared"
+    most = 1 << 16
+    payload = b"\x92\x01\xdd" + most.to_bytes(4) + cleared * most
+    assert len(decode_batch(payload).events) == most
+    with pytest.raises(CodecError, match="65537 events, more than 65536"):
+        decode_batch(b"\x92\x01\xdd" + (most + 1).to_bytes(4) + cleared * (most + 1))
 
 
 def test_a_claim_of_many_events_is_refused_before_they_are_built() -> None:
@@ -161,6 +177,16 @@ def test_a_broken_event_leaves_the_others(broken: Any) -> None:
     assert batch.skipped == 1
 
 
+def test_depth_costs_nothing() -> None:
+    """The twin's parser recurses and refuses the message; the compiled one leaves out the event."""
+    deep = b"\x91" * 200_000 + b"\x90"
+    feed = KvFeed(lambda _: None, lambda _: 0)
+    applied = feed.apply(b"\x92\x01\x93" + b"\x91\xb0AllBlocksCleared" + deep + encode(["BlockRemoved", [9]]))
+    assert (applied.cleared, applied.skipped, applied.removed) == (True, 1, 1)
+    with pytest.raises(BatchError):
+        feed.apply(b"\x92\x01" + b"\x91" * 200_000)
+
+
 def test_an_event_that_is_not_utf8_is_left_out() -> None:
     removed = {"type": "BlockRemoved", "block_hashes": [1], "medium": "GPU"}
     payload = encode([1.0, [removed, removed], 0]).replace(b"GPU", b"\xff\xfe\xfd", 1)
@@ -168,7 +194,8 @@ def test_an_event_that_is_not_utf8_is_left_out() -> None:
 
 
 def test_a_block_limit() -> None:
-    batch = decode(stored(3), stored(2), limits=CodecLimits(max_blocks=2))
+    names = b"\xdd" + ((1 << 20) + 1).to_bytes(4) + b"\x01" * ((1 << 20) + 1)
+    batch = decode_batch(b"\x92\x01\x92" + b"\x92\xacBlockRemoved" + names + encode(stored()))
     assert (len(batch.events), batch.skipped) == (1, 1)
 
 

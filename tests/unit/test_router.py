@@ -20,8 +20,6 @@ from kvrouter_grpc.errors import (
 from kvrouter_grpc.routing.router import Router
 from kvrouter_grpc.routing.workers import worker_id_of
 from kvrouter_grpc.types import (
-    BlocksStored,
-    KvBatch,
     Prompt,
     RouterOverride,
     RoutingHints,
@@ -31,6 +29,8 @@ from kvrouter_grpc.types import (
     WorkerSpec,
     WorkerState,
 )
+from reference.kv_encode import encode_batch
+from reference.kv_events import BlocksStored
 
 ENDPOINT = "ns.backend.generate"
 FREE = RoutingHints()
@@ -68,7 +68,7 @@ def add(router, name, *, dp=1, models=("base",), loras=(), ready=True, live=True
 def hold(router, worker, words, rank=0):
     size = router.index.block_size
     event = BlocksStored(array("Q", range(1, len(words) // size + 1)), None, array("I", words), size)
-    router.index.apply(Target(worker.worker_id, rank), KvBatch(0.0, [event]))
+    router.index.apply_payload(Target(worker.worker_id, rank), encode_batch([event]))
 
 
 def prompt(words=WORDS, **kwargs):

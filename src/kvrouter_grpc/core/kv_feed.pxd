@@ -32,6 +32,6 @@ cdef class KvFeed:
     cdef int _store_known(self, Event* event) except -1
     cdef Orphan* _gather(self, const uint64_t* names, uint32_t count, Orphan* pending) noexcept
     cdef int _adopt(self, Event* event) except -1
-    cdef int _store_orphan(self, Orphan* orphan) except -1
+    cdef bint _store_orphan(self, Orphan* orphan) except? False
     cdef int _removed(self, Event* event) except -1
     cdef int _remove(self, uint32_t tier, const uint64_t* names, uint32_t count) except -1

@@ -36,6 +36,7 @@ from kvrouter_grpc.core.orphans cimport (
     lot_adopt,
     lot_clear,
     lot_init,
+    lot_link,
     lot_park,
     lot_release,
     lot_remove,
@@ -287,12 +288,18 @@ cdef class KvFeed:
         # Stores all that waited for the blocks of `event`, and what waited for those.
         cdef Orphan* pending = self._gather(<uint64_t*>(batch.names.data + event.names), event.count, NULL)
         cdef Orphan* orphan
+        cdef bint stored
         try:
             while pending != NULL:
-                self._store_orphan(pending)
+                stored = self._store_orphan(pending)
                 orphan = pending
-                pending = self._gather(orphan_names(orphan), orphan.count, orphan.next)
-                orphan_free(&self.lot, orphan)
+                pending = orphan.next
+                if stored:
+                    pending = self._gather(orphan_names(orphan), orphan.count, pending)
+                    orphan_free(&self.lot, orphan)
+                elif lot_link(&self.lot, orphan):
+                    orphan_free(&self.lot, orphan)
+                    raise MemoryError
         finally:
             while pending != NULL:  # there was no memory
                 orphan = pending
@@ -300,22 +307,26 @@ cdef class KvFeed:
                 orphan_free(&self.lot, orphan)
         return 0
 
-    cdef int _store_orphan(self, Orphan* orphan) except -1:
+    cdef bint _store_orphan(self, Orphan* orphan) except? False:
+        # False: the parent is gone again, by a removal that was noted for another orphan.
         cdef Cursor cursor = cursor_over(orphan_event(orphan))
         cdef Batch before = batch
         cdef Event event
         cdef uint32_t i
+        cdef bint stored
         read_event(&cursor, &batch, &event)
         if event.kind == EVENT_BROKEN:
             raise MemoryError  # it was readable when it was parked
-        self._store(&event)
+        stored = self._store(&event)
         batch.names.used = before.names.used
         batch.tokens.used = before.tokens.used
         batch.marks.used = before.marks.used
+        if not stored:
+            return False
         for i in range(orphan.count):
             if lot_release(&self.lot, orphan.tier, orphan_names(orphan)[i]):
                 self._remove(orphan.tier, &orphan_names(orphan)[i], 1)
-        return 0
+        return True
 
     # --- removals ------------------------------------------------------------------------------------------------
 

@@ -109,7 +109,7 @@ cdef inline void _unlink(Lot* lot, Orphan* orphan) noexcept nogil:
 cdef inline Orphan* lot_adopt(Lot* lot, uint64_t parent) noexcept nogil:
     """Hands out the oldest event that continues from `parent`; NULL: there is none.
 
-    The caller stores it, calls `lot_release` for each of its hashes, and frees it.
+    The caller stores it, calls `lot_release` for each of its hashes, and frees it; or links it again.
     """
     cdef Entry* entry = table_find(&lot.byparent, parent)
     cdef Orphan* newest
@@ -137,34 +137,14 @@ cdef inline void _drop_oldest(Lot* lot) noexcept nogil:
     orphan_free(lot, orphan)
 
 
-cdef inline int lot_park(
-    Lot* lot, uint64_t parent, uint32_t tier, const uint64_t* names, uint32_t count, Span event
-) noexcept nogil:
-    """Keeps a stored event until its parent appears; -1: no memory, nothing changed."""
-    cdef Orphan* orphan
-    cdef Entry* entry
-    cdef uint32_t i
-    if table_reserve(&lot.meter, &lot.byparent, 1) or table_reserve(&lot.meter, &lot.parked[tier], count):
-        return -1
-    orphan = <Orphan*>resize(&lot.meter, NULL, 0, _orphan_size(count, event.size))
-    if orphan == NULL:
-        return -1
-    orphan.parent = parent
-    orphan.count = count
-    orphan.tier = tier
-    orphan.size = event.size
-    memcpy(orphan_names(orphan), names, count * sizeof(uint64_t))
-    memcpy(<void*>orphan_event(orphan).data, event.data, event.size)
-    for i in range(count):
-        entry = table_find(&lot.parked[tier], names[i])
-        if entry == NULL:
-            table_put(&lot.parked[tier], names[i], 1)
-        else:
-            entry.value += 1
-    entry = table_find(&lot.byparent, parent)
+cdef inline int lot_link(Lot* lot, Orphan* orphan) noexcept nogil:
+    """Puts an orphan, as the newest, below its parent; -1: no memory, nothing changed."""
+    cdef Entry* entry = table_find(&lot.byparent, orphan.parent)
     if entry == NULL:
+        if table_reserve(&lot.meter, &lot.byparent, 1):
+            return -1
         orphan.next = orphan
-        table_put(&lot.byparent, parent, <uint64_t>orphan)
+        table_put(&lot.byparent, orphan.parent, <uint64_t>orphan)
     else:
         orphan.next = (<Orphan*>entry.value).next
         (<Orphan*>entry.value).next = orphan
@@ -176,8 +156,38 @@ cdef inline int lot_park(
     else:
         lot.newest.newer = orphan
     lot.newest = orphan
-    lot.blocks += count
-    lot.bytes += _orphan_size(count, event.size)
+    lot.blocks += orphan.count
+    lot.bytes += _orphan_size(orphan.count, orphan.size)
+    return 0
+
+
+cdef inline int lot_park(
+    Lot* lot, uint64_t parent, uint32_t tier, const uint64_t* names, uint32_t count, Span event
+) noexcept nogil:
+    """Keeps a stored event until its parent appears; -1: no memory, nothing changed."""
+    cdef Orphan* orphan
+    cdef Entry* entry
+    cdef uint32_t i
+    if table_reserve(&lot.meter, &lot.parked[tier], count):
+        return -1
+    orphan = <Orphan*>resize(&lot.meter, NULL, 0, _orphan_size(count, event.size))
+    if orphan == NULL:
+        return -1
+    orphan.parent = parent
+    orphan.count = count
+    orphan.tier = tier
+    orphan.size = event.size
+    memcpy(orphan_names(orphan), names, count * sizeof(uint64_t))
+    memcpy(<void*>orphan_event(orphan).data, event.data, event.size)
+    if lot_link(lot, orphan):
+        orphan_free(lot, orphan)
+        return -1
+    for i in range(count):
+        entry = table_find(&lot.parked[tier], names[i])
+        if entry == NULL:
+            table_put(&lot.parked[tier], names[i], 1)
+        else:
+            entry.value += 1
     while lot.blocks > MOST_ORPHANS or lot.bytes > MOST_ORPHAN_BYTES:
         _drop_oldest(lot)
     return 0

@@ -328,6 +328,7 @@ class Subscriber:
         status.detail = self._fault or tracker.detail
         if status.state is StreamState.STALE and self._unreadable:
             status.detail += f"; the last unreadable message: {self._unreadable}"
+        self._index.refresh(self._target)
         if status.state is not before and StreamState.STALE in (status.state, before):
             level = log.warning if status.state is StreamState.STALE else log.info
             level(
