@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
-CORE := $(wildcard src/kvrouter_grpc/core/*.pyx src/kvrouter_grpc/core/*.pxd src/kvrouter_grpc/core/vendor/*.h)
+CORE := $(wildcard src/kvrouter_grpc/*/*.pyx src/kvrouter_grpc/core/*.pxd src/kvrouter_grpc/core/vendor/*.h)
 BUILD := pyproject.toml setup.py $(CORE)
 
 .DEFAULT_GOAL := help
@@ -65,5 +65,5 @@ config-docs: $(VENV)/.dev ## Generate the tables of docs/configuration.md
 	$(BIN)/python tools/gen_config_docs.py
 
 clean: ## Remove what was built, environments included
-	rm -rf $(VENV) .cache build dist src/kvrouter_grpc/core/*.so src/kvrouter_grpc/core/*.c
+	rm -rf $(VENV) .cache build dist src/kvrouter_grpc/*/*.so src/kvrouter_grpc/*/*.c
 	find . -name __pycache__ -prune -exec rm -rf {} +

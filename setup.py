@@ -1,7 +1,7 @@
-"""Builds the Cython core. Everything else is declared in pyproject.toml.
+"""Builds the compiled modules. Everything else is declared in pyproject.toml.
 
 Environment:
-    KVROUTER_DEBUG=1  bounds checks, line tracing and annotated C for the core
+    KVROUTER_DEBUG=1  bounds checks, line tracing and annotated C
     KVROUTER_SANITIZE=1  AddressSanitizer and UndefinedBehaviorSanitizer
 """
 
@@ -11,7 +11,8 @@ from pathlib import Path
 from Cython.Build import cythonize
 from setuptools import Extension, setup
 
-CORE = Path("src/kvrouter_grpc/core")
+SOURCE = Path("src")
+CORE = SOURCE / "kvrouter_grpc/core"
 DEBUG = os.environ.get("KVROUTER_DEBUG") == "1"
 SANITIZE = os.environ.get("KVROUTER_SANITIZE") == "1"
 
@@ -28,14 +29,14 @@ if SANITIZE:
 
 extensions = [
     Extension(
-        "kvrouter_grpc.core." + source.stem,
+        ".".join(source.relative_to(SOURCE).with_suffix("").parts),
         [str(source)],
         include_dirs=[str(CORE / "vendor"), str(CORE)],
         define_macros=macros,
         extra_compile_args=compile_args,
         extra_link_args=link_args,
     )
-    for source in sorted(CORE.glob("*.pyx"))
+    for source in sorted(SOURCE.glob("**/*.pyx"))
 ]
 
 setup(

@@ -18,7 +18,7 @@ def test_the_oldest_arrival_makes_room() -> None:
     assert (store.take(5), store.take(9)) == (b"5", b"9")
     assert store.overflowed
     store.clear()
-    assert (len(store), store.overflowed) == (0, False)
+    assert (store.count, store.overflowed) == (0, False)
 
 
 def test_bytes_are_counted_through_every_change() -> None:
@@ -46,7 +46,7 @@ def test_one_batch_may_be_larger_than_all_the_room() -> None:
 def test_what_is_about_to_be_taken_displaces_nothing() -> None:
     store = held(5, 6, batches=2)
     store.add(4, b"4", keep=True)
-    assert (len(store), store.first(), store.overflowed) == (3, 4, False)
+    assert (store.count, store.first(), store.overflowed) == (3, 4, False)
 
 
 def test_of_two_copies_the_later_stays() -> None:

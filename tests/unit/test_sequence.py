@@ -16,6 +16,8 @@ COLD, SYNCING, LIVE, STALE = StreamState.COLD, StreamState.SYNCING, StreamState.
 class Stream:
     """A tracker and what was taken from it; `RESTART` is written down as a "|" between what was before and after."""
 
+    follows = True  # whether batches that come in order take the short way
+
     def __init__(
         self, *, replay: bool = True, max_held: int = 100, max_held_bytes: int = 10_000, attempts: int = 3
     ) -> None:
@@ -28,14 +30,23 @@ class Stream:
         if verdict is RESTART:
             self.taken.append("|")
         while (batch := self.tracker.take()) is not None:
-            if batch[1].startswith(b"bad"):
-                self.tracker.unreadable()
-            else:
-                self.taken.append(batch[0])
+            self.read(*batch)
         return verdict
 
+    def read(self, seq: int, payload: bytes) -> None:
+        if payload.startswith(b"bad"):
+            self.tracker.unreadable()
+        else:
+            self.taken.append(seq)
+
     def live(self, *seqs: int, process: str = "a") -> list[Verdict]:
-        return [self.drain(self.tracker.live(seq, f"{process}{seq}".encode())) for seq in seqs]
+        return [self.one_live(seq, f"{process}{seq}".encode()) for seq in seqs]
+
+    def one_live(self, seq: int, payload: bytes) -> Verdict:
+        if self.follows and self.tracker.follow(seq, payload):
+            self.read(seq, payload)
+            return self.drain(APPLY)
+        return self.drain(self.tracker.live(seq, payload))
 
     def replay(self, *seqs: int, process: str = "a", ends: bool = True) -> list[Verdict]:
         """An answer to the replay that is wanted now."""
@@ -55,6 +66,12 @@ class Stream:
     @property
     def state(self) -> StreamState:
         return self.tracker.state
+
+
+@pytest.fixture(autouse=True, params=[True, False], ids=["follows", "told"])
+def way(request, monkeypatch) -> None:
+    """A batch in order may be followed or told: nothing else may differ."""
+    monkeypatch.setattr(Stream, "follows", request.param)
 
 
 def connected(**kwargs) -> Stream:

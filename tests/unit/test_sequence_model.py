@@ -70,15 +70,24 @@ class StreamMachine(RuleBasedStateMachine):
         if verdict is Verdict.RESTART:
             self.applied.clear()
         while (taken := self.tracker.take()) is not None:
-            seq, payload = taken
-            if payload.startswith(b"!"):
-                self.tracker.unreadable()
-                continue
-            process, number = map(int, payload.split(b":"))
-            assert number == seq
-            self.applied.append((process, seq))
+            self.read(*taken)
         if not self.tracker.replaying:
             self.answer = None
+
+    def read(self, seq: int, payload: bytes) -> None:
+        if payload.startswith(b"!"):
+            self.tracker.unreadable()
+            return
+        process, number = map(int, payload.split(b":"))
+        assert number == seq
+        self.applied.append((process, seq))
+
+    def hear(self, seq: int, payload: bytes) -> None:
+        if self.tracker.follow(seq, payload):
+            self.read(seq, payload)
+            self.after()
+        else:
+            self.after(self.tracker.live(seq, payload))
 
     def ask(self, lost: set[int]) -> None:
         """The tracker's request is answered from the ring; what the sender's queue has no room for is lost."""
@@ -117,7 +126,7 @@ class StreamMachine(RuleBasedStateMachine):
     @rule(count=st.integers(1, 12))
     def deliver_live(self, count: int) -> None:
         for _ in range(min(count, len(self.live))):
-            self.after(self.tracker.live(*self.live.popleft()))
+            self.hear(*self.live.popleft())
 
     @precondition(lambda self: self.live)
     @rule()

@@ -13,6 +13,7 @@ import sys
 from array import array
 
 from cpython cimport array as c_array
+from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_GET_SIZE
 from libc.stdint cimport uint32_t, uint64_t
 from libc.stdlib cimport free, malloc
 from libc.string cimport memcpy
@@ -36,10 +37,15 @@ def seed_for(str lora_name not None, str cache_salt not None):
     return seed
 
 
-def hash_bytes(const unsigned char[::1] data not None, seed=0):
+def hash_bytes(data not None, seed=0):
     """XXH3-64 of any bytes; see `block_hash.pyi`."""
-    cdef size_t size = <size_t>data.shape[0]
-    return XXH3_64bits_withSeed(&data[0] if size else NULL, size, as_u64("seed", seed))
+    cdef const unsigned char[::1] view
+    cdef size_t size
+    if type(data) is bytes:  # asked for once per event message: a view would cost more than the hash
+        return XXH3_64bits_withSeed(PyBytes_AS_STRING(data), <size_t>PyBytes_GET_SIZE(data), as_u64("seed", seed))
+    view = data
+    size = <size_t>view.shape[0]
+    return XXH3_64bits_withSeed(&view[0] if size else NULL, size, as_u64("seed", seed))
 
 
 def hash_blocks(const uint32_t[::1] tokens not None, block_size, seed=BASE_SEED, mm_hashes=None):

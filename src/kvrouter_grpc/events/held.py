@@ -9,18 +9,17 @@ class HeldBatches:
         max_bytes: Most bytes of their payloads together; one batch may be larger.
 
     Attributes:
+        count: How many there are.
         overflowed: Batches were given up for lack of room since the last `clear`.
     """
 
     def __init__(self, max_batches: int, max_bytes: int) -> None:
+        self.count = 0
         self.overflowed = False
         self._max_batches = max_batches
         self._max_bytes = max_bytes
         self._payloads: dict[int, bytes] = {}
         self._bytes = 0
-
-    def __len__(self) -> int:
-        return len(self._payloads)
 
     def __contains__(self, seq: int) -> bool:
         return seq in self._payloads
@@ -55,7 +54,8 @@ class HeldBatches:
             self._bytes -= len(before)
         self._payloads[seq] = payload
         self._bytes += len(payload)
-        while not keep and len(self._payloads) > 1 and self._full:
+        self.count = len(self._payloads)
+        while not keep and self.count > 1 and self._full:
             self.overflowed = True
             self.take(next(iter(self._payloads)))
         return before != payload
@@ -64,14 +64,15 @@ class HeldBatches:
         """Hand out a batch that is held."""
         payload = self._payloads.pop(seq)
         self._bytes -= len(payload)
+        self.count -= 1
         return payload
 
     def clear(self) -> None:
         """Hold nothing."""
         self._payloads.clear()
-        self._bytes = 0
+        self._bytes = self.count = 0
         self.overflowed = False
 
     @property
     def _full(self) -> bool:
-        return len(self._payloads) > self._max_batches or self._bytes > self._max_bytes
+        return self.count > self._max_batches or self._bytes > self._max_bytes

@@ -10,10 +10,14 @@ import zmq
 from zmq.utils.monitor import parse_monitor_message
 
 from kvrouter_grpc.config import EventsConfig
+from kvrouter_grpc.events.receiver import Receiver
 
 HEARTBEAT_MS = 5_000
 HEARTBEAT_TIMEOUT_MS = 15_000
 """Silence after which a connection counts as dead: a host that vanished sends no FIN."""
+
+MOST_CHANGES = 1 << 16
+"""Reports of the monitor taken at once: all there are, in practice."""
 
 Socket = zmq.Socket[bytes]
 Message = list[bytes]
@@ -62,27 +66,27 @@ class EventSockets:
         # Plain sockets on the same context: reading one empty costs no future per message.
         self._context: zmq.Context[Socket] = zmq.Context.shadow(context.underlying)
         self._wake = wake
-        self._live: Socket | None = None
-        self._monitor: Socket | None = None
-        self._replay: Socket | None = None
+        self._live: Receiver | None = None
+        self._monitor: Receiver | None = None
+        self._replay: Receiver | None = None
 
     def open_live(self) -> bool:
         """Connect to the publisher, anew if need be; False when its address is of no use."""
         self._close_live()
-        self._live = self._open(zmq.SUB)
-        self._live.subscribe(self._source.topic)
-        self._monitor = self._live.get_monitor_socket(zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED | _FAILED)
-        self._listen(self._monitor)
-        return _connect(self._live, self._source.events)
+        socket = self._open(zmq.SUB)
+        socket.subscribe(self._source.topic)
+        monitor = socket.get_monitor_socket(zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED | _FAILED)
+        self._live, self._monitor = self._listen(socket), self._listen(monitor)
+        return _connect(socket, self._source.events)
 
     def ask(self, start: int) -> bool:
         """Ask for the batches from number `start` on; False when that cannot even be sent."""
         if self._replay is None:
-            self._replay = self._open(zmq.DEALER)
-            if not _connect(self._replay, self._source.replay or ""):
+            self._replay = self._listen(self._open(zmq.DEALER))
+            if not _connect(self._replay.socket, self._source.replay or ""):
                 return False
         try:
-            self._replay.send_multipart([b"", start.to_bytes(8)], zmq.NOBLOCK)
+            self._replay.socket.send_multipart([b"", start.to_bytes(8)], zmq.NOBLOCK)
         except zmq.Again:
             return False
         return True
@@ -99,19 +103,24 @@ class EventSockets:
         self._close_live()
 
     def live(self, limit: int) -> list[Message]:
-        """Up to `limit` messages of the publisher. Fewer: there were no more."""
-        return _receive(self._live, limit)
+        """Up to `limit` messages of the publisher."""
+        return self._live.receive(limit) if self._live is not None else []
 
     def replayed(self, limit: int) -> list[Message]:
-        """Up to `limit` messages of the replay port. Fewer: there were no more."""
-        return _receive(self._replay, limit)
+        """Up to `limit` messages of the replay port."""
+        return self._replay.receive(limit) if self._replay is not None else []
+
+    @property
+    def drained(self) -> bool:
+        """Whether both left nothing behind."""
+        return all(receiver is None or receiver.drained for receiver in (self._live, self._replay))
 
     def changes(self) -> Iterator[Change]:
         """What became of the live connection since the last call.
 
         A handshake is told before its first message can be received: read messages first, then ask here, then use them.
         """
-        for frames in _receive(self._monitor, limit=1 << 30):
+        for frames in self._monitor.receive(MOST_CHANGES) if self._monitor is not None else []:
             event = parse_monitor_message(frames)["event"]
             if event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
                 yield Change.UP
@@ -130,24 +139,24 @@ class EventSockets:
         socket.reconnect_ivl_max = config.reconnect_max_ms
         socket.heartbeat_ivl = HEARTBEAT_MS
         socket.heartbeat_timeout = HEARTBEAT_TIMEOUT_MS
-        self._listen(socket)
         return socket
 
-    def _listen(self, socket: Socket) -> None:
+    def _listen(self, socket: Socket) -> Receiver:
         # The descriptor signals arrivals only after the socket was read empty.
         asyncio.get_running_loop().add_reader(socket.fileno(), self._wake)
+        return Receiver(socket)
 
     def _close_live(self) -> None:
         if self._live is not None and self._monitor is not None:
-            self._live.disable_monitor()
+            self._live.socket.disable_monitor()
             self._close(self._monitor)
             self._close(self._live)
         self._live = self._monitor = None
 
     @staticmethod
-    def _close(socket: Socket) -> None:
-        asyncio.get_running_loop().remove_reader(socket.fileno())
-        socket.close()
+    def _close(receiver: Receiver) -> None:
+        asyncio.get_running_loop().remove_reader(receiver.socket.fileno())
+        receiver.socket.close()
 
 
 def _connect(socket: Socket, endpoint: str) -> bool:
@@ -160,14 +169,3 @@ def _connect(socket: Socket, endpoint: str) -> bool:
     except zmq.ZMQError:
         return False
     return True
-
-
-def _receive(socket: Socket | None, limit: int) -> list[Message]:
-    messages: list[Message] = []
-    if socket is not None:
-        try:
-            while len(messages) < limit:
-                messages.append(socket.recv_multipart(zmq.NOBLOCK))
-        except zmq.Again:
-            pass
-    return messages

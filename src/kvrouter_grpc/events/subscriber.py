@@ -23,7 +23,7 @@ __all__ = ["EventSource", "KvSink", "Subscriber"]
 SLICE_S = 0.001
 """Longest stretch of work before other tasks get the event loop: a storm of events must not delay a decision."""
 
-CHUNK = 16
+CHUNK = 64
 """Messages taken from a socket at once, so that live and replayed ones advance together."""
 
 REPLAY_INTERVAL_S = 1.0
@@ -108,7 +108,8 @@ class Subscriber:
             max_attempts=config.stale_after_replays,
         )
         self._status = StreamStatus()
-        self._inbox: deque[tuple[bool, Message]] = deque()  # whether it came live, and the message
+        self._heard: deque[Message] = deque()  # live messages that are still to be told to the tracker
+        self._answers: deque[Message] = deque()  # the same of replayed ones
         self._restart_reported = False
         self._fault = ""  # why nothing can be heard, "" when something can
         self._unreadable = ""  # what was wrong with the last unreadable message
@@ -178,30 +179,32 @@ class Subscriber:
         The sockets tell of new arrivals only once they were read empty, so nothing may be left when this says no.
         """
         drained = False
+        tracker = self._tracker
         while time.perf_counter() < ends_at:
-            if (taken := self._tracker.take()) is not None:
+            if tracker.ready and (taken := tracker.take()) is not None:
                 self._apply(taken[1])
-            elif self._inbox:
-                live, message = self._inbox.popleft()
-                self._heed(self._live(message, now) if live else self._replayed(message, now))
+            elif self._heard:
+                self._heed(self._live(self._heard.popleft(), now))
+            elif self._answers:
+                self._heed(self._replayed(self._answers.popleft(), now))
             elif drained:
                 return False
             else:
                 drained = self._fetch(now)
         # Even in a storm, what is overdue must be given up and asked for again.
-        if not self._tracker.ready:
+        if not tracker.ready:
             self._pace(now)
         return True
 
     def _fetch(self, now: float) -> bool:
-        """Fill the inbox; whether the sockets are empty now."""
+        """Take messages from the sockets; whether they are empty now."""
         live = self._sockets.live(CHUNK)
         replayed = self._sockets.replayed(CHUNK)
         for change in self._sockets.changes():
             self._changed(change, now)
-        self._inbox.extend((True, message) for message in live)
-        self._inbox.extend((False, message) for message in replayed)
-        return len(live) < CHUNK and len(replayed) < CHUNK
+        self._heard.extend(live)
+        self._answers.extend(replayed)
+        return self._sockets.drained
 
     def _changed(self, change: Change, now: float) -> None:
         if change is Change.UP:
@@ -223,7 +226,11 @@ class Subscriber:
         self._status.last_event_at = time.monotonic()
         if not self._tracker.repairable:
             self._postpone_audit(now)
-        return self._tracker.live(int.from_bytes(message[1]), message[2])
+        seq, payload = int.from_bytes(message[1]), message[2]
+        if self._tracker.follow(seq, payload):
+            self._apply(payload)
+            return Verdict.APPLY
+        return self._tracker.live(seq, payload)
 
     def _replayed(self, message: Message, now: float) -> Verdict:
         if not self._tracker.replaying:
@@ -274,7 +281,7 @@ class Subscriber:
         if self._unfinished and not tracker.replaying:
             # Late messages of an answer that was given up would pass for the next one's.
             self._sockets.close_replay()
-            self._inbox = deque(entry for entry in self._inbox if entry[0])
+            self._answers.clear()
             self._unfinished = False
         if now >= self._audit_at:
             tracker.audit()
