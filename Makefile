@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
-CORE := $(wildcard src/kvrouter_grpc/*/*.pyx src/kvrouter_grpc/core/*.pxd src/kvrouter_grpc/core/vendor/*.h)
+CORE := $(wildcard src/kvrouter_grpc/*/*.pyx src/kvrouter_grpc/core/*.pxd src/kvrouter_grpc/core/*.h src/kvrouter_grpc/core/vendor/*.h)
 BUILD := pyproject.toml setup.py $(CORE)
 
 .DEFAULT_GOAL := help

@@ -4,7 +4,8 @@ from libc.math cimport isfinite
 from libc.stdint cimport uint64_t
 from libc.string cimport memcmp
 
-from kvrouter_grpc.core.kv_event cimport Batch, Event, read_event
+from kvrouter_grpc.core.kv_event cimport read_event
+from kvrouter_grpc.core.kv_fields cimport Batch, Event
 from kvrouter_grpc.core.msgpack cimport (
     ARRAY,
     MAP,
@@ -66,10 +67,9 @@ cdef inline void _read_rank(Cursor* cursor, Envelope* envelope) noexcept nogil:
 
 cdef inline void _read_events(Cursor* cursor, Envelope* envelope, Batch* batch) noexcept nogil:
     cdef Item item
-    cdef Event event
     cdef uint64_t offset = 0
     cdef uint64_t i
-    cdef Event* kept
+    cdef Event* event
     batch.events.used = 0
     item_next(cursor, &item)
     if item.kind != ARRAY or item.value > MOST_EVENTS:
@@ -78,14 +78,14 @@ cdef inline void _read_events(Cursor* cursor, Envelope* envelope, Batch* batch) 
         return
     envelope.events = READ
     for i in range(item.value):
-        read_event(cursor, batch, &event)
-        kept = <Event*>stack_push(&batch.events, sizeof(Event), &offset)
-        if kept == NULL or batch.full:
+        event = <Event*>stack_push(&batch.events, sizeof(Event), &offset)
+        if event != NULL:
+            read_event(cursor, batch, event)
+        if event == NULL or batch.full:
             envelope.events = NO_MEMORY
             return
         if cursor.broken:
             return
-        kept[0] = event
 
 
 cdef inline Reading read_batch(Span payload, Batch* batch) noexcept nogil:

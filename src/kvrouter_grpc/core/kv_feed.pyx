@@ -1,8 +1,10 @@
 """`KvFeed`: from the bytes of an engine's event messages into the tree, in one pass and without objects in between.
 
-    kv_feed.pyx   what events do          kv_batch.pxd    the message around them
+    kv_feed.pyx   what events do          kv_batch.pxd    the message around the events
     orphans.pxd   stores that must wait   kv_event.pxd    one event, both generations
-    stack.pxd     memory used again       extra_keys.pxd  salts, adapters, images
+    stack.pxd     memory used again       kv_fields.pxd   its fields
+                                          extra_keys.pxd  salts, adapters, images
+                                          kv_words.pxd    names and their meaning
                                           msgpack.pxd     bytes to numbers and texts
 """
 
@@ -18,7 +20,9 @@ from kvrouter_grpc.core.edge cimport Edge
 from kvrouter_grpc.core.extra_keys cimport Mark, mark_blocks
 from kvrouter_grpc.core.hash_table cimport table_find
 from kvrouter_grpc.core.kv_batch cimport NO_BATCH, NO_MEMORY, TOO_MANY_EVENTS, Reading, batch_reset, read_batch
-from kvrouter_grpc.core.kv_event cimport (
+from kvrouter_grpc.core.kv_event cimport read_event
+from kvrouter_grpc.core.kv_fields cimport Batch, Event
+from kvrouter_grpc.core.kv_words cimport (
     EVENT_BROKEN,
     EVENT_CLEARED,
     EVENT_REMOVED,
@@ -26,9 +30,6 @@ from kvrouter_grpc.core.kv_event cimport (
     KV_TIERS,
     SPEC_OTHER,
     SPEC_PREFIX,
-    Batch,
-    Event,
-    read_event,
 )
 from kvrouter_grpc.core.msgpack cimport Cursor, Span, cursor_over
 from kvrouter_grpc.core.orphans cimport (
@@ -128,22 +129,21 @@ cdef class KvFeed:
                 raise BatchError("the batch has too many events")
             if reading == NO_MEMORY:
                 raise MemoryError
-            # Storing orphans reads events as well, so the records may move meanwhile.
             for i in range(batch.events.used // sizeof(Event)):
                 if self.closed:
                     break
-                self._apply((<Event*>batch.events.data)[i], applied)
+                self._apply(<Event*>batch.events.data + i, applied)
         finally:
             batch_reset(&batch)
         return applied
 
-    cdef int _apply(self, Event event, Applied applied) except -1:
+    cdef int _apply(self, Event* event, Applied applied) except -1:
         if event.kind == EVENT_STORED:
             applied.stored += event.count
-            self._stored(&event)
+            self._stored(event)
         elif event.kind == EVENT_REMOVED:
             applied.removed += event.count
-            self._removed(&event)
+            self._removed(event)
         elif event.kind == EVENT_CLEARED:
             applied.cleared = True
             self.clear()

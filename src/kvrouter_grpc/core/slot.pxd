@@ -51,7 +51,7 @@ cdef enum:
     # number of physical blocks that could share a hash.
     REFERENCE_BITS = 18
     MOST_REFERENCES = (1 << 18) - 1
-    AHEAD = 8  # entries fetched early, so that their cache misses overlap
+    AHEAD = 16  # entries fetched early, so that their cache misses overlap
 
 
 # Places that a store took an engine hash away from. They are settled when the store is done.
@@ -314,25 +314,39 @@ cdef inline int64_t slot_copy(
 # --- removing ----------------------------------------------------------------------------------------------------
 
 
-cdef inline int _forget(Tree* tree, uint32_t slot_id, Entry* entry) noexcept nogil:
-    # The last reference of an engine hash goes. -1: no memory, nothing changed.
-    cdef Slot* slot = &tree.slots[slot_id]
-    cdef uint64_t place = named_place(entry)
+# The edge that removals are at: engines remove the blocks of one prompt one after the other, so it is looked up and
+# tidied up once for all of them.
+cdef struct Site:
+    Edge* edge  # NULL: nowhere yet
+    uint32_t at  # index of the slot's cover; emptied at most, so it stays valid
+    bint cut  # the edge's last block was let go
+
+
+cdef inline void _leave(Tree* tree, Site* site) noexcept nogil:
+    if site.edge != NULL:
+        cover_settle(&tree.meter, site.edge, site.at)
+        if site.cut:
+            tree_prune(tree, site.edge)
+    site.edge = NULL
+
+
+cdef inline int _release(Tree* tree, uint32_t slot_id, uint64_t place, Site* site) noexcept nogil:
+    # The last engine hash of a block is gone. -1: no memory, nothing changed.
     cdef uint32_t block = 0
-    cdef Edge* edge
-    cdef uint32_t at
-    cdef bint last
-    if not _drop_alias(tree, slot, place):
+    cdef Run* run = run_get(&tree.runs, <uint32_t>(place >> OFFSET_BITS))
+    cdef uint32_t offset = <uint32_t>(place & ((<uint64_t>1 << OFFSET_BITS) - 1))
+    cdef Edge* edge = site.edge
+    if edge == NULL or edge.run != run or offset - edge.start >= edge.length:
+        _leave(tree, site)
         edge = place_edge(tree, place, &block)
-        at = <uint32_t>cover_find(edge, slot_id)
-        if block + 1 < edge.covers[at].held and cover_room(&tree.meter, edge, at):
-            return -1
-        last = block + 1 == edge.length
-        cover_release(edge, at, block)
-        cover_settle(&tree.meter, edge, at)
-        if last:
-            tree_prune(tree, edge)
-    table_delete(&slot.names, entry)
+        site.edge = edge
+        site.at = <uint32_t>cover_find(edge, slot_id)
+        site.cut = False
+    block = offset - edge.start
+    if block + 1 < edge.covers[site.at].held and cover_room(&tree.meter, edge, site.at):
+        return -1
+    site.cut |= block + 1 == edge.length
+    cover_release(edge, site.at, block)
     return 0
 
 
@@ -340,8 +354,15 @@ cdef inline int64_t slot_remove(Tree* tree, uint32_t slot_id, const uint64_t* na
     """Takes one reference from each engine hash; how many were unknown, or -1: no memory (the front is removed)."""
     cdef Slot* slot = &tree.slots[slot_id]
     cdef int64_t unknown = 0
+    cdef int failed = 0
     cdef Entry* entry
     cdef size_t i
+    cdef Site site
+    site.edge = NULL
+    site.at = 0
+    site.cut = False
+    for i in range(AHEAD if AHEAD < count else count):
+        table_prefetch(&slot.names, names[i])
     for i in range(count):
         if i + AHEAD < count:
             table_prefetch(&slot.names, names[i + AHEAD])
@@ -350,11 +371,16 @@ cdef inline int64_t slot_remove(Tree* tree, uint32_t slot_id, const uint64_t* na
             unknown += 1
         elif entry.value & MOST_REFERENCES > 1:
             entry.value -= 1
-        elif _forget(tree, slot_id, entry):
-            return -1
+        else:
+            if not _drop_alias(tree, slot, named_place(entry)):
+                failed = _release(tree, slot_id, named_place(entry), &site)
+                if failed:
+                    break
+            table_delete(&slot.names, entry)
+    _leave(tree, &site)
     table_shrink(&tree.meter, &slot.names)
     tree.unknown_removes += <uint64_t>unknown
-    return unknown
+    return failed if failed else unknown
 
 
 cdef inline void slot_clear(Tree* tree, uint32_t slot_id) noexcept nogil:
