@@ -264,7 +264,7 @@ def _hash(value: _Hash) -> int:
 
 
 def _tier(medium: str | None, locality: str | None) -> Tier:
-    if medium is not None and not medium.isascii():  # "ſ".upper() is "S"
+    if medium is not None and not medium.isascii():  # the long s, for one, is "S" in upper case
         raise ValueError("medium")
     tier = TIERS.get(medium if medium is None else medium.upper())
     if tier is None or locality not in (None, "LOCAL", "REMOTE"):
@@ -289,9 +289,7 @@ def _told(extra: memoryview) -> bool:
     return len(extra) > 0 and extra[0] != _NIL
 
 
-def _extra_keys(
-    extra: memoryview, event: _Stored, blocks: int
-) -> tuple[str, Mapping[int, Sequence[int]]]:
+def _extra_keys(extra: memoryview, event: _Stored, blocks: int) -> tuple[str, Mapping[int, Sequence[int]]]:
     """Take apart what the engine hashed into each block beside its tokens: LoRA name, images, salt, embeddings.
 
     Returns:
