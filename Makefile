@@ -7,7 +7,7 @@ CORE := $(wildcard src/kvrouter_grpc/*/*.pyx src/kvrouter_grpc/core/*.pxd src/kv
 BUILD := pyproject.toml setup.py $(CORE)
 
 .DEFAULT_GOAL := help
-.PHONY: help build dev demo test test-vllm vllm-env lint format proto proto-check config-docs clean \
+.PHONY: help build dev demo test sanitize test-vllm vllm-env lint format proto proto-check config-docs clean \
 	bench bench-quick bench-docs bench-peers
 
 help: ## This list
@@ -34,6 +34,9 @@ demo: $(VENV)/.built ## Router, four mock workers, real decisions and streams; e
 
 test: $(VENV)/.dev ## The whole suite without real engines
 	$(BIN)/pytest -m "not vllm" $(ARGS)
+
+sanitize: $(VENV)/.dev ## The compiled modules under AddressSanitizer and UndefinedBehaviorSanitizer
+	$(BIN)/python tools/sanitize.py $(ARGS)
 
 vllm-env: ## Real vLLM engines for the CPU, in environments of their own under .cache
 	$(PYTHON) tools/vllm_env.py

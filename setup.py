@@ -31,6 +31,7 @@ extensions = [
     Extension(
         ".".join(source.relative_to(SOURCE).with_suffix("").parts),
         [str(source)],
+        depends=[str(header) for header in CORE.glob("**/*.h")],
         include_dirs=[str(CORE / "vendor"), str(CORE)],
         define_macros=macros,
         extra_compile_args=compile_args,

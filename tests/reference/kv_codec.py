@@ -264,7 +264,7 @@ def _hash(value: _Hash) -> int:
 
 
 def _tier(medium: str | None, locality: str | None) -> Tier:
-    if medium is not None and not medium.isascii():  # "ſ".upper() is "S"
+    if medium is not None and not medium.isascii():  # the long s, for one, is "S" in upper case
         raise ValueError("medium")
     tier = TIERS.get(medium if medium is None else medium.upper())
     if tier is None or locality not in (None, "LOCAL", "REMOTE"):

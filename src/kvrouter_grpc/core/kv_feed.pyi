@@ -35,12 +35,12 @@ class KvFeed:
     as arrays and as maps.
 
     Stores whose parent is unknown wait, up to 65,536 blocks and 64 MiB, for the parent to appear; the oldest are given
-    up first. KV cache groups that hold no prefixes (sliding windows, state spaces) are left out with all their removals.
-    Bounds: 65,536 events per message, 2**20 blocks per event and tokens per block, 64 groups.
+    up first. KV cache groups that hold no prefixes (sliding windows, state spaces) are left out, and so are their
+    removals. Bounds: 65,536 events per message, 2**20 blocks per event and tokens per block, 64 groups.
 
     Args:
-        learn: Called with the block size of the first blocks with tokens, and again whenever blocks of another size come.
-            It returns the tree that they belong in, None for none: then they are left out.
+        learn: Called with the block size of the first blocks with tokens, and again whenever blocks of another size
+            come. It returns the tree that they belong in, None for none: then they are left out.
         place: Called with a tier, as its number in `Tier`, when it is first used. It returns a new slot of the tree.
     """
 
