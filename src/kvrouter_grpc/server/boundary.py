@@ -2,7 +2,7 @@
 
 import asyncio
 import secrets
-from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
+from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Mapping
 from contextlib import aclosing
 from contextvars import ContextVar
 from typing import Any, TypeAlias, cast
@@ -78,11 +78,14 @@ class ErrorBoundary:
     Args:
         server: Where the handlers go. Generated code (`add_..._to_server`) takes the boundary for it.
         write_timeout_s: Seconds that a client may leave one message of a stream untaken.
+        apart: Methods (`/service/method`) whose calls gRPC queues apart from all others: when a queue is full, calls in
+            it are cancelled, so a flood of one of these leaves the others alone. Each costs every call a microsecond.
     """
 
-    def __init__(self, server: grpc.aio.Server, write_timeout_s: float) -> None:
+    def __init__(self, server: grpc.aio.Server, write_timeout_s: float, apart: Collection[str] = ()) -> None:
         self._server = server
         self._write_timeout_s = write_timeout_s
+        self._apart = apart
 
     def add_registered_method_handlers(self, service: str, handlers: Mapping[str, Handler]) -> None:
         """Serve the methods of a service, as generated code adds them."""
@@ -93,9 +96,9 @@ class ErrorBoundary:
         guarded = {
             name: _guard(handler, f"/{service}/{name}", self._write_timeout_s) for name, handler in handlers.items()
         }
-        # Registered, not generic: gRPC queues the calls of each registered method apart, so that a flood of one does
-        # not get the calls of the others cancelled.
-        self._server.add_registered_method_handlers(service, guarded)
+        apart = {name: handler for name, handler in guarded.items() if f"/{service}/{name}" in self._apart}
+        self._server.add_registered_method_handlers(service, apart)
+        self._server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(service, guarded),))
 
     def add_generic_rpc_handlers(self, _handlers: Any) -> None:
         """Nothing: generated code adds each method in both ways."""

@@ -25,6 +25,9 @@ ROUTER = router_pb2.DESCRIPTOR.services_by_name["KvRouter"].full_name
 ADMIN = admin_pb2.DESCRIPTOR.services_by_name["KvRouterAdmin"].full_name
 HEALTH = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
 
+QUEUED_APART = frozenset({f"/{ROUTER}/Generate", f"/{ROUTER}/BestWorkerId", f"/{HEALTH}/Check"})
+"""What clients call most, and what decides whether the process lives."""
+
 
 class Addresses(NamedTuple):
     """Where the services listen, `host:port`; the same unless the administration has its own port."""
@@ -88,7 +91,7 @@ class GrpcServer:
 
     def _server(self, *services: str) -> grpc.aio.Server:
         server = grpc.aio.server(options=server_options(self._config))
-        boundary = ErrorBoundary(server, self._config.write_timeout_s)
+        boundary = ErrorBoundary(server, self._config.write_timeout_s, QUEUED_APART)
         if ROUTER in services:
             boundary.add(ROUTER, self._router_service.handlers())
         if ADMIN in services:
