@@ -81,7 +81,8 @@ class Endpoint:
     def decide(self, raw: bytes) -> Target:
         """The worker for a request."""
         found = split(raw)
-        assert found is not None
+        if found is None:
+            raise ValueError("no message")
         tokens, rest, _ = found
         message = router_pb2.BestWorkerIdRequest.FromString(rest)
         return self.router.best_worker(Prompt(tokens), _HINTS, model=message.model).target

@@ -68,8 +68,7 @@ class TestStreamedAnswer:
         chunks, answer = streamed((WIRE / "stream.sse").read_bytes())
         assert chunks == [
             EngineChunk(token_ids=[23], text="3", usage=Usage(5, 1)),
-            EngineChunk(token_ids=[475, 276, 398], text=" removed bends", finish_reason="length", usage=Usage(5, 4)),
-            EngineChunk(usage=Usage(5, 4, 0)),
+            EngineChunk(token_ids=[475, 276, 398], text=" removed bends", finish_reason="length", usage=Usage(5, 4, 0)),
         ]
         assert answer.done
         assert answer.failure is None
@@ -78,8 +77,7 @@ class TestStreamedAnswer:
         chunks, answer = streamed((WIRE / "stream_logprobs.sse").read_bytes())
         first = TokenLogprob(23, "", -2.60102915763855)
         assert (chunks[0].logprobs, chunks[0].top_logprobs) == ([first], [[first]])
-        assert chunks[1].finish_reason == "length"
-        assert chunks[2].usage == Usage(5, 2, 0)
+        assert (chunks[1].finish_reason, chunks[1].usage) == ("length", Usage(5, 2, 0))
         assert answer.done
 
     def test_recorded_refusal_inside_a_stream(self) -> None:
@@ -92,10 +90,26 @@ class TestStreamedAnswer:
     def test_chunks_that_arrive_together_are_handed_on_together(self) -> None:
         answer = StreamedAnswer(URL, LIMIT)
         assert [chunk.token_ids for chunk in answer.feed(token(1) + token(2) + token(3)[:-1])] == [[1], [2]]
-        assert [chunk.token_ids for chunk in answer.feed(b"\n" + token(4, "stop"))] == [[3], [4]]
+        assert [chunk.token_ids for chunk in answer.feed(b"\n" + token(4))] == [[3], [4]]
         assert not answer.done
+
+    def test_the_last_chunk_waits_for_the_totals(self) -> None:
+        usage = {"prompt_tokens": 7, "completion_tokens": 2}
+        answer = StreamedAnswer(URL, LIMIT)
+        answer.feed(token(1))
+        assert answer.feed(token(2, "stop")) == []
+        (last,) = answer.feed(event(choices=[], usage=usage))
+        assert (last.token_ids, last.finish_reason, last.usage) == ([2], "stop", Usage(7, 2))
         assert answer.feed(DONE) == []
         assert answer.done
+
+    def test_the_last_chunk_is_not_lost_when_the_totals_do_not_come(self) -> None:
+        for rest, done in ((DONE, True), (b"data: nonsense\n\n", False), (b"", False)):
+            answer = StreamedAnswer(URL, LIMIT)
+            assert answer.feed(token(1, "stop")) == []
+            (last,) = answer.feed(rest) if rest else answer.end()
+            assert (last.token_ids, last.finish_reason, answer.done) == ([1], "stop", done)
+            assert done or answer.failure is not None
 
     def test_usage_adds_up_the_answers_of_one_request(self) -> None:
         def usage(tokens: int) -> dict[str, int]:
@@ -109,8 +123,8 @@ class TestStreamedAnswer:
             event(choices=[], usage=usage(4)),
             DONE,
         )
-        assert [chunk.usage and chunk.usage.completion_tokens for chunk in chunks] == [1, 2, 3, 4, 4]
-        assert [chunk.index for chunk in chunks[:4]] == [0, 1, 0, 1]
+        assert [chunk.usage and chunk.usage.completion_tokens for chunk in chunks] == [1, 2, 3, 4]
+        assert [chunk.index for chunk in chunks] == [0, 1, 0, 1]
         assert answer.done
 
     def test_stop_reason_is_a_token_or_a_string(self) -> None:

@@ -61,18 +61,22 @@ class Answer:
 class StreamedAnswer(Answer):
     """A `text/event-stream` of completion chunks that ends with `[DONE]`.
 
+    vLLM sends the totals in an event of their own behind the last tokens. The chunk that ends the answer waits for it,
+    so that an answer's last chunk always tells both why it ended and what it cost, however the bytes were cut.
+
     Args:
         worker: URL of the worker, for the errors.
         max_bytes: Largest event in bytes.
     """
 
-    __slots__ = ("_completion_tokens", "_open", "_parser")
+    __slots__ = ("_completion_tokens", "_last", "_open", "_parser")
 
     def __init__(self, worker: str, max_bytes: int) -> None:
         super().__init__(worker, max_bytes)
         self._parser = SseParser(max_bytes)
         self._open: dict[int, bool] = {}  # index of each answer seen to whether it goes on
         self._completion_tokens: dict[int, int] = {}
+        self._last: EngineChunk | None = None  # the chunk that ended the answer, until the totals are here
 
     def feed(self, data: bytes) -> list[EngineChunk]:
         """Take what arrived; give the chunks it completes."""
@@ -87,13 +91,22 @@ class StreamedAnswer(Answer):
                     break
         except (EventTooLargeError, MalformedAnswerError):
             self.failure = malformed(self._worker, started=self.started)
+        if self.done or self.failure:
+            self._release(chunks)
         return chunks
 
     def end(self) -> list[EngineChunk]:
         """Take the end of the body, which is a fault unless `[DONE]` came before."""
+        chunks: list[EngineChunk] = []
         if not self.done:
             self.failure = lost(self._worker, started=self.started)
-        return []
+            self._release(chunks)
+        return chunks
+
+    def _release(self, chunks: list[EngineChunk]) -> None:
+        if self._last is not None:
+            chunks.append(self._last)
+            self._last = None
 
     def _close(self) -> None:
         # An engine that shuts down ends the stream in order, but with answers that did not finish or did not
@@ -111,13 +124,23 @@ class StreamedAnswer(Answer):
             if choice.finish_reason in _GAVE_UP:
                 self.failure = lost(self._worker, started=self.started)
                 return
+            self._release(chunks)
             self._open[choice.index] = choice.finish_reason is None
-            chunks.append(engine_chunk(choice, self._running_usage(completion.usage, choice.index)))
+            chunk = engine_chunk(choice, self._running_usage(completion.usage, choice.index))
+            if any(self._open.values()):
+                chunks.append(chunk)
+            else:
+                self._last = chunk
             self.started = True
         # The last event has no choices, only the final usage. Without an answer before it, it is no sign of
         # life.
         if not completion.choices and completion.usage is not None and self._open:
-            chunks.append(EngineChunk(usage=engine_usage(completion.usage)))
+            usage = engine_usage(completion.usage)
+            if self._last is None:
+                chunks.append(EngineChunk(usage=usage))
+            else:
+                self._last.usage = usage
+                self._release(chunks)
 
     def _running_usage(self, usage: CompletionUsage | None, index: int) -> Usage | None:
         """Add up the answers: until its last event vLLM counts the completion tokens of each by itself."""
