@@ -56,42 +56,45 @@ def reader(parse: Callable[[bytes], Any]) -> Callable[[bytes], Any]:
 
 def asked_reader(kind: type[M]) -> Callable[[bytes], Asked[M] | Unreadable]:
     """The deserializer of a message whose field 1 is the prompt's token ids."""
-    more = _beyond_plain(kind)
+    asked = _asker(kind)
 
     def read(data: bytes) -> Asked[M] | Unreadable:
-        return _asked(kind, split(data), more)
+        return asked(split(data))
 
     return read
 
 
 def batch_reader(kind: type[M], most: int) -> Callable[[bytes], Batch[M] | Unreadable]:
     """The deserializer of a message whose field 1 is repeated and holds such messages; reads the first `most`."""
-    more = _beyond_plain(kind)
+    asked = _asker(kind)
 
     def read(data: bytes) -> Batch[M] | Unreadable:
         parts = split_batch(data, most)
         if parts is None:
             return _UNREADABLE
         requests, total = parts
-        return Batch([_asked(kind, request, more) for request in requests], total)
+        return Batch([asked(request) for request in requests], total)
 
     return read
 
 
-def _beyond_plain(kind: type[M]) -> int:
-    """The bits that `split` sets for fields that are not plain."""
+def _asker(kind: type[M]) -> Callable[[tuple[TokenIds, bytes, int] | None], Asked[M] | Unreadable]:
+    """What makes requests of the parts that `split` gives."""
     numbers = kind.DESCRIPTOR.fields_by_name
-    return ~sum(1 << numbers[name].number for name in PLAIN if name in numbers)
+    beyond_plain = ~sum(1 << numbers[name].number for name in PLAIN if name in numbers)
+    nothing = kind()  # shared by all requests with nothing but token ids: requests are only read
 
+    def asked(parts: tuple[TokenIds, bytes, int] | None) -> Asked[M] | Unreadable:
+        if parts is None:
+            return _UNREADABLE
+        token_ids, rest, fields = parts
+        try:
+            message = kind.FromString(rest) if rest else nothing
+        except DecodeError:
+            return _UNREADABLE
+        return Asked(message, token_ids, not fields & beyond_plain)
 
-def _asked(kind: type[M], parts: tuple[TokenIds, bytes, int] | None, beyond_plain: int) -> Asked[M] | Unreadable:
-    if parts is None:
-        return _UNREADABLE
-    token_ids, rest, fields = parts
-    try:
-        return Asked(kind.FromString(rest), token_ids, not fields & beyond_plain)
-    except DecodeError:
-        return _UNREADABLE
+    return asked
 
 
 def readable(request: R | Unreadable) -> R:
