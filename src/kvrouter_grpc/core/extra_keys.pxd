@@ -3,7 +3,7 @@
 A key of unknown kind counts as a multimodal object too: its block then matches no prompt, rather than a wrong one.
 """
 
-from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
+from libc.stdint cimport uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport qsort
 from libc.string cimport memcmp, memcpy
 

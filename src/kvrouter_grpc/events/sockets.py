@@ -112,8 +112,9 @@ class EventSockets:
 
     @property
     def drained(self) -> bool:
-        """Whether both left nothing behind."""
-        return all(receiver is None or receiver.drained for receiver in (self._live, self._replay))
+        """Whether the last reads left nothing behind."""
+        receivers = (self._live, self._monitor, self._replay)
+        return all(receiver is None or receiver.drained for receiver in receivers)
 
     def changes(self) -> Iterator[Change]:
         """What became of the live connection since the last call.
