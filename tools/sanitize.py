@@ -17,10 +17,13 @@ TESTS = [
     "tests/unit/test_radix_twin.py",
     "tests/unit/test_orphans.py",
     "tests/unit/test_kv_messages.py",
+    "tests/unit/test_target_table.py",
+    "tests/unit/test_decider.py",
     "tests/unit/test_kv_feed_twin.py",
     "tests/contract/test_event_captures.py",
     "tests/robustness/test_core_random.py",
     "tests/fuzz/test_frames.py",
+    "tests/fuzz/test_request_wire.py",
     "tests/integration/test_subscriber.py",
 ]
 
