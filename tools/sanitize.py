@@ -11,6 +11,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 COPY = ROOT / "build" / "sanitized"
+REPORT = COPY / "report"
 TESTS = [
     "tests/unit/test_block_hash.py",
     "tests/unit/test_radix_tree.py",
@@ -50,16 +51,18 @@ def build() -> None:
 
 
 def main() -> int:
-    """Build, run, and answer with pytest's exit code."""
+    """Build, run, print what was found, and answer with pytest's exit code."""
     build()
+    for report in COPY.glob("report.*"):
+        report.unlink()
     environment = {
         **os.environ,
         "PYTHONPATH": os.pathsep.join(str(COPY / part) for part in ("src", "tests", "clients/python/src")),
         "PYTHONMALLOC": "malloc",  # so that reads behind a bytes object are seen
         "LD_PRELOAD": " ".join(map(library, ("libasan.so", "libubsan.so"))),
         # CPython keeps much until the end of the process: what the modules leak is found by their own counts of bytes.
-        "ASAN_OPTIONS": "detect_leaks=0:abort_on_error=1:allocator_may_return_null=1",
-        "UBSAN_OPTIONS": "print_stacktrace=1:halt_on_error=1",
+        "ASAN_OPTIONS": f"detect_leaks=0:abort_on_error=1:allocator_may_return_null=1:log_path={REPORT}",
+        "UBSAN_OPTIONS": f"print_stacktrace=1:halt_on_error=1:log_path={REPORT}",
         # Instrumented code is several times slower; the full numbers run without.
         "KVROUTER_RANDOM_CALLS": os.environ.get("KVROUTER_RANDOM_CALLS", "100000"),
         "KVROUTER_FUZZ_FRAMES": os.environ.get("KVROUTER_FUZZ_FRAMES", "20000"),
