@@ -110,8 +110,11 @@ cdef class KvFeed:
 
     def close(self):
         """Ends the feed; its slots are no longer its own."""
+        cdef int tier
         self.closed = True
         lot_clear(&self.lot)
+        for tier in range(KV_TIERS):
+            self.slots[tier] = UNPLACED
 
     def apply(self, bytes payload not None):
         """Applies one message; see `kv_feed.pyi`."""
@@ -119,6 +122,8 @@ cdef class KvFeed:
         cdef Span span
         cdef Reading reading
         cdef uint64_t i
+        if self.closed:
+            return applied
         span.data = <const uint8_t*>PyBytes_AS_STRING(payload)
         span.size = <size_t>PyBytes_GET_SIZE(payload)
         try:
