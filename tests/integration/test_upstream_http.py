@@ -475,13 +475,11 @@ class TestProbes:
                 process_start_time=1.79516260877e9,
                 version="0.32.0",
             )
-            assert await client.start_time() == 1.79516260877e9
 
     async def test_facts_of_an_old_server(self) -> None:
         routes = self.routes(v1__models=(WIRE / "models.json").read_bytes())
         async with serving(*routes) as engine, client_of(engine.url) as client:
             assert await client.facts() == WorkerFacts(models=("tiny",), max_model_len=1024)
-            assert await client.start_time() is None
 
     async def test_facts_pass_over_what_they_cannot_read(self) -> None:
         routes = self.routes(
@@ -505,7 +503,6 @@ class TestProbes:
         async with client_of(engine.url) as client:
             with pytest.raises(UpstreamUnavailableError):
                 await client.facts()
-            assert await client.start_time() is None
 
     async def test_health(self) -> None:
         async with serving(*self.routes(health=b"")) as engine, client_of(engine.url) as client:

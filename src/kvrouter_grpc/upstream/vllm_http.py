@@ -159,14 +159,6 @@ class VllmHttpClient:
             return Health.GONE
         return Health.GOOD if status == _OK else Health.FAILED
 
-    async def start_time(self) -> float | None:
-        """When the server process started, seconds since the epoch; None if it does not tell."""
-        try:
-            cache = await self._told("metrics", cache_config)
-        except UpstreamError:
-            return None
-        return cache and cache.process_start_time
-
     async def _told(self, path: str, read: Callable[[bytes], _T]) -> _T | None:
         """Ask a question that older versions do not know; None is "cannot tell"."""
         status, body = await self._get(path, _FACTS_TIMEOUT_S)
