@@ -80,6 +80,17 @@ class WorkerFacts:
     version: str | None = None
 
 
+class EngineReport(NamedTuple):
+    """What one rank says of itself at this moment, over `/metrics`; the totals count from the start of its process."""
+
+    running: int  # requests in its batch
+    waiting: int  # requests that it has queued
+    kv_usage: float | None = None  # part of its KV cache that requests in flight hold, 0..1
+    prefix_queries: int | None = None  # prompt tokens looked up in its cache, in total
+    prefix_hits: int | None = None  # ... and found there
+    process_start_time: float | None = None  # seconds since the epoch; another one than before: it restarted
+
+
 class WorkerState(Enum):
     """Whether a worker may be picked."""
 

@@ -40,6 +40,7 @@ PAIRS: list[tuple[type[Any], type[Message], dict[str, str]]] = [
     (fleet.StreamStatus, admin_pb2.StreamStatus, RENAMED),
     (fleet.Loads, admin_pb2.GetLoadsResponse, {}),
     (fleet.WorkerLoad, admin_pb2.WorkerLoad, NESTED_LOAD),
+    (fleet.EngineReport, admin_pb2.EngineReport, {}),
     (fleet.IndexStats, admin_pb2.IndexStats, {}),
 ]
 

@@ -4,12 +4,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from kvrouter_grpc.types import EngineReport
 from kvrouter_grpc.upstream.chunk import MalformedAnswerError
 from kvrouter_grpc.upstream.facts import (
     CacheConfig,
     EventSources,
     ServedModels,
     cache_config,
+    engine_reports,
     event_sources,
     served_models,
     server_version,
@@ -22,6 +24,7 @@ WIRE = Path(__file__).parent / "vllm_wire"  # recorded from vLLM 0.32.0
 def test_recorded_answers() -> None:
     assert served_models((WIRE / "models.json").read_bytes()) == ServedModels(("tiny",), (), 1024)
     assert cache_config((WIRE / "metrics.txt").read_bytes()) == CacheConfig(32, 64, 1, 1.79516260877e9)
+    assert engine_reports((WIRE / "metrics.txt").read_bytes()) == [EngineReport(0, 0, 0.0, 2094, 992, 1.79516260877e9)]
     assert server_version((WIRE / "version.json").read_bytes()) == "0.32.0"
     assert event_sources((WIRE / "kv_event_sources.json").read_bytes(), "10.0.0.7") == EventSources(
         enabled=True, events="tcp://10.0.0.7:5557", replay="tcp://10.0.0.7:5562", topic="kv-events", ranks=1
@@ -110,6 +113,37 @@ def test_other_shapes_of_event_sources_are_refused(body: bytes) -> None:
         event_sources(body, "h")
 
 
+def test_every_rank_reports_in_the_order_of_the_ranks() -> None:
+    page = b"""
+process_start_time_seconds 7.5
+vllm:num_requests_running{engine="10",model_name="m"} 10
+vllm:num_requests_running{engine="2",model_name="m"} 2
+vllm:num_requests_running{engine="3",model_name="m"} 3
+vllm:num_requests_waiting_by_reason{engine="3",reason="capacity"} 9
+vllm:num_requests_waiting{engine="2",model_name="m"} 1
+vllm:num_requests_waiting{engine="10",model_name="m"} 4
+vllm:kv_cache_usage_perc{engine="2"} 0.25
+vllm:prefix_cache_queries_total{engine="10"} 100
+"""
+    assert engine_reports(page) == [
+        EngineReport(running=2, waiting=1, kv_usage=0.25, process_start_time=7.5),
+        EngineReport(running=10, waiting=4, prefix_queries=100, process_start_time=7.5),
+    ]
+
+
+@pytest.mark.parametrize("value", [b"NaN", b"+Inf", b"-1", b"1e300", b"x", b""])
+def test_a_number_that_counts_nothing_is_not_told(value: bytes) -> None:
+    page = b"""
+vllm:num_requests_running 1
+vllm:num_requests_waiting 2
+vllm:prefix_cache_hits_total %(v)s
+vllm:kv_cache_usage_perc %(v)s
+process_start_time_seconds %(v)s
+""" % {b"v": value}
+    assert engine_reports(page) == [EngineReport(1, 2)]
+    assert engine_reports(page.replace(b"ing 1", b"ing " + value)) == []
+
+
 class TestSamples:
     def test_reads_the_text_format(self) -> None:
         page = rb"""# HELP a help
@@ -125,12 +159,13 @@ b{x="1"} -4.5e-1
 a{x="unfinished} 9
 a
 a nine
-"""
-        assert list(samples(page, {"a", "b"})) == [
+a 7"""
+        assert list(samples(page, ("a", "b"))) == [
             Sample("a", {}, 1.0),
             Sample("a", {}, 2.0),
             Sample("a", {"x": "1", "y": "}"}, 3.0),
             Sample("a", {"x": 'q"b\\n\n'}, float("inf")),
+            Sample("a", {}, 7.0),
             Sample("b", {"x": "1"}, -0.45),
         ]
 

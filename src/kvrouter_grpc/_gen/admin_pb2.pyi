@@ -545,6 +545,7 @@ class WorkerLoad(_message.Message):
     ACTIVE_BLOCKS_FIELD_NUMBER: _builtins.int
     CACHED_BLOCKS_FIELD_NUMBER: _builtins.int
     TOTAL_BLOCKS_FIELD_NUMBER: _builtins.int
+    ENGINE_FIELD_NUMBER: _builtins.int
     worker_id: _builtins.int
     """The worker."""
     dp_rank: _builtins.int
@@ -563,6 +564,10 @@ class WorkerLoad(_message.Message):
     """Blocks it holds according to its events."""
     total_blocks: _builtins.int
     """KV blocks it has; absent when not known."""
+    @_builtins.property
+    def engine(self) -> Global___EngineReport:
+        """What the engine says of itself; absent while it said nothing."""
+
     def __init__(
         self,
         *,
@@ -575,16 +580,66 @@ class WorkerLoad(_message.Message):
         active_blocks: _builtins.int = ...,
         cached_blocks: _builtins.int = ...,
         total_blocks: _builtins.int | None = ...,
+        engine: Global___EngineReport | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_total_blocks", b"_total_blocks", "total_blocks", b"total_blocks"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_total_blocks", b"_total_blocks", "engine", b"engine", "total_blocks", b"total_blocks"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_total_blocks", b"_total_blocks", "active_blocks", b"active_blocks", "active_requests", b"active_requests", "cached_blocks", b"cached_blocks", "dp_rank", b"dp_rank", "endpoint", b"endpoint", "queued_prefill_tokens", b"queued_prefill_tokens", "total_blocks", b"total_blocks", "worker_id", b"worker_id", "worker_name", b"worker_name"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_total_blocks", b"_total_blocks", "active_blocks", b"active_blocks", "active_requests", b"active_requests", "cached_blocks", b"cached_blocks", "dp_rank", b"dp_rank", "endpoint", b"endpoint", "engine", b"engine", "queued_prefill_tokens", b"queued_prefill_tokens", "total_blocks", b"total_blocks", "worker_id", b"worker_id", "worker_name", b"worker_name"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__total_blocks: _TypeAlias = _typing.Literal["total_blocks"]  # noqa: Y015
     _WhichOneofArgType__total_blocks: _TypeAlias = _typing.Literal["_total_blocks", b"_total_blocks"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType__total_blocks) -> _WhichOneofReturnType__total_blocks | None: ...
 
 Global___WorkerLoad: _TypeAlias = WorkerLoad  # noqa: Y015
+
+@_typing.final
+class EngineReport(_message.Message):
+    """What a rank says of itself over /metrics, whoever sent the requests. The totals count from the start of its process."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RUNNING_FIELD_NUMBER: _builtins.int
+    WAITING_FIELD_NUMBER: _builtins.int
+    KV_USAGE_FIELD_NUMBER: _builtins.int
+    PREFIX_QUERIES_FIELD_NUMBER: _builtins.int
+    PREFIX_HITS_FIELD_NUMBER: _builtins.int
+    running: _builtins.int
+    """Requests in its batch."""
+    waiting: _builtins.int
+    """Requests that it has queued."""
+    kv_usage: _builtins.float
+    """Part of its KV cache that requests in flight hold, 0 to 1; absent when it does not tell."""
+    prefix_queries: _builtins.int
+    """Prompt tokens looked up in its cache; absent when it does not tell."""
+    prefix_hits: _builtins.int
+    """Prompt tokens found in its cache; absent when it does not tell."""
+    def __init__(
+        self,
+        *,
+        running: _builtins.int = ...,
+        waiting: _builtins.int = ...,
+        kv_usage: _builtins.float | None = ...,
+        prefix_queries: _builtins.int | None = ...,
+        prefix_hits: _builtins.int | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_kv_usage", b"_kv_usage", "_prefix_hits", b"_prefix_hits", "_prefix_queries", b"_prefix_queries", "kv_usage", b"kv_usage", "prefix_hits", b"prefix_hits", "prefix_queries", b"prefix_queries"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_kv_usage", b"_kv_usage", "_prefix_hits", b"_prefix_hits", "_prefix_queries", b"_prefix_queries", "kv_usage", b"kv_usage", "prefix_hits", b"prefix_hits", "prefix_queries", b"prefix_queries", "running", b"running", "waiting", b"waiting"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__kv_usage: _TypeAlias = _typing.Literal["kv_usage"]  # noqa: Y015
+    _WhichOneofArgType__kv_usage: _TypeAlias = _typing.Literal["_kv_usage", b"_kv_usage"]  # noqa: Y015
+    _WhichOneofReturnType__prefix_hits: _TypeAlias = _typing.Literal["prefix_hits"]  # noqa: Y015
+    _WhichOneofArgType__prefix_hits: _TypeAlias = _typing.Literal["_prefix_hits", b"_prefix_hits"]  # noqa: Y015
+    _WhichOneofReturnType__prefix_queries: _TypeAlias = _typing.Literal["prefix_queries"]  # noqa: Y015
+    _WhichOneofArgType__prefix_queries: _TypeAlias = _typing.Literal["_prefix_queries", b"_prefix_queries"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__kv_usage) -> _WhichOneofReturnType__kv_usage | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__prefix_hits) -> _WhichOneofReturnType__prefix_hits | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__prefix_queries) -> _WhichOneofReturnType__prefix_queries | None: ...
+
+Global___EngineReport: _TypeAlias = EngineReport  # noqa: Y015
 
 @_typing.final
 class IndexStats(_message.Message):

@@ -198,6 +198,13 @@ class UpstreamConfig(Section):
     inter_token_timeout_s: float = setting(60.0, "Longest silence between two tokens.", gt=0, le=86_400)
     health_interval_s: float = setting(0.5, "Seconds between two health checks of a worker.", gt=0, le=300)
     health_timeout_s: float = setting(1.0, "A health check without an answer by then has failed.", gt=0, le=300)
+    metrics_interval_s: float = setting(
+        2.0,
+        "Seconds between two looks at a worker's /metrics: its queues, its cache hits, whether it restarted; 0 never "
+        "looks.",
+        ge=0,
+        le=300,
+    )
     retries: int = setting(
         2,
         "Other workers to try when one fails before its first token; after it nothing is retried.",

@@ -64,6 +64,7 @@ class Attendant:
         self._subscribers: dict[Target, Subscriber] = {}
         self._look = asyncio.Event()
         self._doubted = False  # it may have restarted since it was asked what it is
+        self._started_at: float | None = None  # of its process, as it says; None: it never said
         self._log = log.bind(worker=worker.spec.name, endpoint=router.endpoint)
 
     def look(self) -> None:
@@ -86,6 +87,8 @@ class Attendant:
                     for target in targets:
                         self._follow(group, target)
                     group.create_task(self._watch(), name=f"health {self.worker.spec.name}")
+                    if self._upstream.metrics_interval_s:
+                        group.create_task(self._poll(), name=f"metrics {self.worker.spec.name}")
             except* _Changed:
                 self._log.warning("worker changed", detail="it came back with another configuration; starting over")
             finally:
@@ -106,6 +109,7 @@ class Attendant:
             except RouterError as error:
                 registry.set_health(worker, WorkerState.UNHEALTHY, error.message)
             await self._pause()
+        self._started_at = facts.process_start_time
         registry.introduced(worker, complete(self.given, facts), facts)
         if worker.spec.block_size:
             self.router.check_block_size(worker, worker.spec.block_size, "as it reports or as configured")
@@ -190,15 +194,47 @@ class Attendant:
         except RouterError:
             self._doubted = True  # not yet: the next check tries again
             return
-        before, spec = self.worker.facts, complete(self.given, facts)
+        spec = complete(self.given, facts)
         if spec != self.worker.spec:
             raise _Changed
-        if before is None or facts.process_start_time != before.process_start_time:
-            for subscriber in self._subscribers.values():
-                subscriber.notify_restarted()
+        self._same_process(facts.process_start_time)
         self._log.info("worker back")
         self.router.workers.introduced(self.worker, spec, facts)
         self.router.workers.set_health(self.worker, WorkerState.READY)
+
+    async def _poll(self) -> None:
+        """Look at its metrics now and then, and hand on what each rank says."""
+        interval = self._upstream.metrics_interval_s
+        pause = self._rng.uniform(0, interval)  # workers that were added together are not asked together
+        while True:
+            await asyncio.sleep(pause)
+            pause = interval * self._rng.uniform(0.9, 1.1)
+            if self.worker.health is not WorkerState.READY:
+                continue
+            try:
+                reports = await self.client.reports()
+            except RouterError:
+                continue  # its health is watched elsewhere
+            if reports and not self._same_process(reports[0].process_start_time):
+                self.doubt()  # it may serve something else now
+            for target, report in zip(self.worker.targets, reports, strict=False):
+                self.router.engine_reported(target, report)
+
+    def _same_process(self, started_at: float | None) -> bool:
+        """Compare the start of its process with what it said before; what a process before held is forgotten at once.
+
+        The sockets of the events need longer to notice: there may be no event, and no gap, for a long time.
+        """
+        if started_at is None or started_at == self._started_at:
+            return True
+        known, self._started_at = self._started_at is not None, started_at
+        if known:
+            self._log.warning("worker restarted", started_at=started_at)
+            for target in self.worker.targets:
+                self.router.engine_restarted(target)
+            for subscriber in self._subscribers.values():
+                subscriber.notify_restarted()
+        return not known
 
     async def _pause(self) -> None:
         """Wait for the next look: the interval with a little jitter, or less when somebody asks for it."""

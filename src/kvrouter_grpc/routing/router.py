@@ -18,6 +18,7 @@ from kvrouter_grpc.routing.workers import Worker, WorkerRegistry
 from kvrouter_grpc.types import (
     Candidate,
     Decision,
+    EngineReport,
     Overlap,
     Prompt,
     Role,
@@ -73,6 +74,7 @@ class Router:
         self._roster = Roster(self.workers, self.index.targets)
         self._decider = Decider(self.index.targets, config.seed)
         self._plan = Plan.of(config)
+        self._reports: dict[Target, EngineReport] = {}
         self._turn = 0  # of round-robin; only what is booked takes a turn
 
     @property
@@ -91,6 +93,7 @@ class Router:
         """Forget these ranks: what they hold and what they are busy with."""
         for target in targets:
             self.index.remove(target)
+            self._reports.pop(target, None)
 
     def check_block_size(self, worker: Worker, block_size: int, source: str) -> None:
         """Compare the worker's block size with the router's, which is learned from the first worker if it is open."""
@@ -107,6 +110,22 @@ class Router:
         worker = self.workers.get(target.worker_id)
         if worker is not None:
             self.check_block_size(worker, block_size, "its KV events")
+
+    # --- what engines say of themselves -----------------------------------------------------------------------------
+
+    def engine_reported(self, target: Target, report: EngineReport) -> None:
+        """Take what a rank says of its work. Reports of a target that was removed are ignored."""
+        if self.index.stream_if_known(target) is not None:
+            self._reports[target] = report
+
+    def engine_report(self, target: Target) -> EngineReport | None:
+        """The last report of a rank, if there was one."""
+        return self._reports.get(target)
+
+    def engine_restarted(self, target: Target) -> None:
+        """Forget what the rank held: its process is another one now."""
+        self.index.clear(target)
+        self._reports.pop(target, None)
 
     # --- decisions ------------------------------------------------------------------------------------------------
 

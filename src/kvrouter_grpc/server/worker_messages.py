@@ -10,7 +10,7 @@ from kvrouter_grpc.discovery.fleet import StreamView, WorkerView
 from kvrouter_grpc.routing.router import Router
 from kvrouter_grpc.server import duration
 from kvrouter_grpc.server.violations import Violations
-from kvrouter_grpc.types import Json, Role, StreamState, WorkerSpec, WorkerState
+from kvrouter_grpc.types import EngineReport, Json, Role, StreamState, WorkerSpec, WorkerState
 
 _ROLES = {
     Role.BOTH: common_pb2.WORKER_ROLE_BOTH,
@@ -139,9 +139,22 @@ def worker_loads(views: Iterable[WorkerView], router: Router) -> list[admin_pb2.
                     active_blocks=load.active_blocks,
                     cached_blocks=router.index.blocks(target),
                     total_blocks=view.spec.total_kv_blocks,
+                    engine=_engine_report(router.engine_report(target)),
                 )
             )
     return loads
+
+
+def _engine_report(report: EngineReport | None) -> admin_pb2.EngineReport | None:
+    if report is None:
+        return None
+    return admin_pb2.EngineReport(
+        running=report.running,
+        waiting=report.waiting,
+        kv_usage=report.kv_usage,
+        prefix_queries=report.prefix_queries,
+        prefix_hits=report.prefix_hits,
+    )
 
 
 def index_stats(router: Router) -> admin_pb2.IndexStats:

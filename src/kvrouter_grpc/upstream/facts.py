@@ -5,6 +5,7 @@ from typing import NamedTuple, TypeVar
 
 import msgspec
 
+from kvrouter_grpc.types import EngineReport
 from kvrouter_grpc.upstream.chunk import MalformedAnswerError
 from kvrouter_grpc.upstream.metrics_text import samples
 
@@ -12,9 +13,15 @@ _T = TypeVar("_T")
 
 CACHE_CONFIG = "vllm:cache_config_info"
 START_TIME = "process_start_time_seconds"
+RUNNING = "vllm:num_requests_running"
+WAITING = "vllm:num_requests_waiting"
+KV_USAGE = "vllm:kv_cache_usage_perc"
+PREFIX_QUERIES = "vllm:prefix_cache_queries_total"
+PREFIX_HITS = "vllm:prefix_cache_hits_total"
 _ZMQ_TCP = re.compile(r"tcp://(?P<host>\*|\[[0-9a-fA-F:.%]+\]|[A-Za-z0-9_.-]+|::):(?P<port>\d{1,5})")
 _ANY_ADDRESS = frozenset({"*", "0.0.0.0", "::", "[::]"})
 _MAX_PORT = 65535
+_COUNT_END = 2**53  # up to which a float counts exactly
 
 
 class ServedModels(NamedTuple):
@@ -105,6 +112,39 @@ def cache_config(page: bytes) -> CacheConfig:
         block_sizes |= _positive(sample.labels.get("block_size"))
         blocks |= _positive(sample.labels.get("num_gpu_blocks"))
     return CacheConfig(min(block_sizes, default=None), min(blocks, default=None), max(1, len(engines)), start_time)
+
+
+def engine_reports(page: bytes) -> list[EngineReport]:
+    """Read what every rank says of its work out of a metrics page, in the order of the ranks.
+
+    Ranks are told apart by the label `engine`. One that does not tell its requests is left out; what else it does not
+    tell is None.
+    """
+    told: dict[str, dict[str, float]] = {}
+    start_time = None
+    for sample in samples(page, (START_TIME, RUNNING, WAITING, KV_USAGE, PREFIX_QUERIES, PREFIX_HITS)):
+        if not 0 <= sample.value < _COUNT_END:
+            continue
+        if sample.name == START_TIME:
+            start_time = sample.value
+        else:
+            told.setdefault(sample.labels.get("engine", ""), {})[sample.name] = sample.value
+    ranks = sorted(
+        (label for label in told if {RUNNING, WAITING} <= told[label].keys()), key=lambda label: (len(label), label)
+    )
+    return [_report(told[label], start_time) for label in ranks]
+
+
+def _report(told: dict[str, float], start_time: float | None) -> EngineReport:
+    queries, hits = told.get(PREFIX_QUERIES), told.get(PREFIX_HITS)
+    return EngineReport(
+        running=int(told[RUNNING]),
+        waiting=int(told[WAITING]),
+        kv_usage=min(told[KV_USAGE], 1.0) if KV_USAGE in told else None,
+        prefix_queries=int(queries) if queries is not None else None,
+        prefix_hits=int(hits) if hits is not None else None,
+        process_start_time=start_time,
+    )
 
 
 def event_sources(body: bytes, host: str) -> EventSources:

@@ -12,10 +12,10 @@ import yarl
 
 from kvrouter_grpc.config import UpstreamConfig
 from kvrouter_grpc.errors import RouterError, UpstreamError, UpstreamTimeoutError
-from kvrouter_grpc.types import EngineChunk, EngineRequest, WorkerFacts
+from kvrouter_grpc.types import EngineChunk, EngineReport, EngineRequest, WorkerFacts
 from kvrouter_grpc.upstream.answer import Answer, StreamedAnswer, WholeAnswer
 from kvrouter_grpc.upstream.chunk import MalformedAnswerError, decode_completion
-from kvrouter_grpc.upstream.facts import cache_config, event_sources, served_models, server_version
+from kvrouter_grpc.upstream.facts import cache_config, engine_reports, event_sources, served_models, server_version
 from kvrouter_grpc.upstream.failure import engine_error, lost, malformed, timed_out, unexpected_status
 from kvrouter_grpc.upstream.patience import Patience
 from kvrouter_grpc.upstream.request import request_body, request_headers
@@ -158,6 +158,19 @@ class VllmHttpClient:
         except UpstreamError:
             return Health.GONE
         return Health.GOOD if status == _OK else Health.FAILED
+
+    async def reports(self) -> list[EngineReport]:
+        """What each rank says of its work at this moment, in the order of the ranks; see `engine_reports`.
+
+        Raises:
+            UpstreamUnavailableError: The server could not be reached, or is busy or failing.
+            UpstreamTimeoutError: It did not answer in time.
+            UpstreamError: What is behind the URL does not speak vLLM's API.
+        """
+        status, page = await self._get("metrics", _FACTS_TIMEOUT_S)
+        if status != _OK:
+            raise unexpected_status(self._worker, status)
+        return engine_reports(page)
 
     async def _told(self, path: str, read: Callable[[bytes], _T]) -> _T | None:
         """Ask a question that older versions do not know; None is "cannot tell"."""

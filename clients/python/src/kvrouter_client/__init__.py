@@ -15,6 +15,7 @@ from .admin import KvRouterAdminClient
 from .client import BatchItem, KvRouterClient, Prompt
 from .errors import KvRouterError, Violation
 from .fleet import (
+    EngineReport,
     Fleet,
     IndexStats,
     Loads,
@@ -48,6 +49,7 @@ __all__ = [
     "BlockMultimodalHashes",
     "Candidate",
     "ChoiceList",
+    "EngineReport",
     "FinishReason",
     "Fleet",
     "GenerateChunk",

@@ -213,6 +213,28 @@ class Fleet:
 
 
 @dataclass(frozen=True, slots=True)
+class EngineReport:
+    """What a rank says of itself, whoever sent the requests. The totals count from the start of its process."""
+
+    running: int  # requests in its batch
+    waiting: int  # requests that it has queued
+    kv_usage: float | None  # part of its KV cache that requests in flight hold, 0 to 1
+    prefix_queries: int | None  # prompt tokens looked up in its cache
+    prefix_hits: int | None  # ... and found there
+
+    @classmethod
+    def from_proto(cls, message: admin_pb2.EngineReport) -> "EngineReport":
+        """Convert."""
+        return cls(
+            running=message.running,
+            waiting=message.waiting,
+            kv_usage=message.kv_usage if message.HasField("kv_usage") else None,
+            prefix_queries=message.prefix_queries if message.HasField("prefix_queries") else None,
+            prefix_hits=message.prefix_hits if message.HasField("prefix_hits") else None,
+        )
+
+
+@dataclass(frozen=True, slots=True)
 class WorkerLoad:
     """Work booked on one target, and the cache it has for it."""
 
@@ -223,6 +245,7 @@ class WorkerLoad:
     load: TargetLoad
     cached_blocks: int
     total_blocks: int | None  # None when not known
+    engine: EngineReport | None  # None while it said nothing
 
     @classmethod
     def from_proto(cls, message: admin_pb2.WorkerLoad) -> "WorkerLoad":
@@ -235,6 +258,7 @@ class WorkerLoad:
             load=TargetLoad(message.active_requests, message.queued_prefill_tokens, message.active_blocks),
             cached_blocks=message.cached_blocks,
             total_blocks=message.total_blocks if message.HasField("total_blocks") else None,
+            engine=EngineReport.from_proto(message.engine) if message.HasField("engine") else None,
         )
 
 
