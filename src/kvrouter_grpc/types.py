@@ -109,6 +109,7 @@ class StreamState(Enum):
     LIVE = "live"  # every event since the start of coverage was applied
     STALE = "stale"  # a gap that could not be repaired
     OFF = "off"  # this worker publishes no events
+    PREDICTED = "predicted"  # neither, and the router's own decisions tell what it should hold
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,7 +7,6 @@ import grpc
 import pytest
 
 from integration.stack import FAST, admin_pb2, router_pb2, running, until
-from kvrouter_grpc.mock_worker import MockWorkerConfig
 
 
 def words(seed, count):
@@ -252,13 +251,3 @@ async def test_a_burst_spreads_before_any_event_arrives():
         for call in calls:
             await call.read()
         await until(lambda: all(stack.load(name) == (0, 0, 0) for name in "abcd"))
-
-
-async def test_workers_without_events_are_routed_by_load():
-    worker = MockWorkerConfig(block_size=16, speedup=0, kv_events=False)
-    async with running("a", "b", worker=worker) as stack:
-        messages = await stack.generate(words(1, 64))
-        assert messages[-1].finish_reason == router_pb2.FINISH_REASON_LENGTH
-        stream = stack.router.index.stream(stack.target("a"))
-        assert stream.state.value == "off"
-        assert "--kv-events-config" in stream.detail

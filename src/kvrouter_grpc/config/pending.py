@@ -68,16 +68,6 @@ class PendingRouterConfig(Section):
         None, "Keep a session on its worker until it was idle for this many seconds.", gt=0
     )
 
-    # Predicting caches without, or ahead of, events.
-    ttl_secs: float = setting(120.0, "Life of a predicted block in seconds.", gt=0)
-    approximate_cache_policy: Literal["ttl", "lru"] = setting("ttl", "How predicted blocks end.")
-    predicted_ttl_secs: float | None = setting(
-        None, "Count a request's blocks as cached for this many seconds, before their events arrive.", gt=0
-    )
-    predict_on_route: bool = setting(False, "Earlier name of predicted-ttl-secs.")
-    max_tree_size: int = setting(1 << 20, "Predicted blocks at which pruning starts.", ge=1)
-    prune_target_ratio: float = setting(0.8, "Part of max-tree-size that pruning leaves.", gt=0, le=1)
-
     # The load model.
     track_output_blocks: bool = setting(
         False,

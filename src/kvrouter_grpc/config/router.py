@@ -13,6 +13,9 @@ def _mode(value: Any) -> Any:
     return value.replace("_", "-") if isinstance(value, str) else value
 
 
+PREDICT_AHEAD_S = 2.0
+"""Seconds that `predict_on_route` stands for: events arrive within a fraction of one."""
+
 OWN = Names(dynamo=False)  # settings which Dynamo does not have
 Mode = Annotated[Literal["kv", "round-robin", "random"], BeforeValidator(_mode)]
 
@@ -56,15 +59,44 @@ class RouterConfig(PendingRouterConfig):
     )
     kv_events: bool = setting(
         True,
-        "Follow the workers' KV events. Off, no worker is known to cache anything and load alone decides.",
+        "Follow the workers' KV events. Off, what they cache is predicted from this router's own decisions; so it is "
+        "for each worker that publishes none. See ttl-secs.",
         names=Names(env=("DYN_ROUTER_USE_KV_EVENTS",)),
     )
     load_aware: bool = setting(
         False,
-        "Preset: decide by load alone. Sets kv-overlap-score-credit=0, kv-events=false, "
+        "Preset: decide by load alone, and predict nothing. Sets kv-overlap-score-credit=0, kv-events=false, "
         "assume-kv-reuse=false, track-active-blocks=true and track-prefill-tokens=true.",
         names=Names(flag="--load-aware", env=("DYN_ROUTER_LOAD_AWARE",)),
     )
+    ttl_secs: float = setting(
+        120.0,
+        "Predicted blocks, where no events tell: how many seconds after the end of the last request that used it a "
+        "block counts as cached.",
+        gt=0,
+        le=86_400,
+    )
+    approximate_cache_policy: Literal["ttl", "lru"] = setting(
+        "ttl",
+        "Predicted blocks, where no events tell: ttl forgets a block after ttl-secs, lru only when there are too many "
+        "of them or when the engine turns out to have evicted it.",
+    )
+    predicted_ttl_secs: float | None = setting(
+        None,
+        "Predicted blocks, ahead of events: a request's blocks count as cached from its decision until this many "
+        "seconds after its end, whether or not their events have arrived; none waits for the events.",
+        gt=0,
+        le=3600,
+    )
+    predict_on_route: bool = setting(False, f"Earlier name of predicted-ttl-secs: on stands for {PREDICT_AHEAD_S:g}.")
+    max_tree_size: int = setting(
+        1 << 20,
+        "Predicted blocks of an endpoint above which the least recently used are forgotten. A worker's own are also "
+        "bounded by its number of KV blocks, where that is known.",
+        ge=1,
+        le=1 << 28,
+    )
+    prune_target_ratio: float = setting(0.8, "Part of max-tree-size that is left then.", gt=0, le=1)
     kv_overlap_score_credit: float = setting(
         1.0, "Cost dynamo: blocks taken off the prefill term per block cached on the device.", ge=0, le=1000
     )
@@ -113,6 +145,11 @@ class RouterConfig(PendingRouterConfig):
         le=100_000,
         names=Names(env=("DYN_ROUTER_MIN_INITIAL_WORKERS",), dynamo=False),
     )
+
+    @property
+    def prediction_ahead_s(self) -> float | None:
+        """Life of predictions beside events; None makes none."""
+        return self.predicted_ttl_secs or (PREDICT_AHEAD_S if self.predict_on_route else None)
 
     def contradictions(self) -> Iterator[Contradiction]:
         """Check that the index is not both served and borrowed."""

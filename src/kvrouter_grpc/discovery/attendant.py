@@ -12,7 +12,7 @@ from kvrouter_grpc.errors import RouterError
 from kvrouter_grpc.events.subscriber import EventSource, Subscriber
 from kvrouter_grpc.routing.router import Router
 from kvrouter_grpc.routing.workers import Worker, complete
-from kvrouter_grpc.types import StreamState, Target, WorkerState
+from kvrouter_grpc.types import Target, WorkerState
 from kvrouter_grpc.upstream.vllm_http import Health, VllmHttpClient
 
 SLOW_CHECKS = 3
@@ -137,19 +137,20 @@ class Attendant:
 
     def _follow(self, group: asyncio.TaskGroup, target: Target) -> None:
         """Subscribe to one rank's events, or say why not."""
-        spec, facts, stream = self.worker.spec, self.worker.facts, self.router.index.stream(target)
+        spec, facts, index = self.worker.spec, self.worker.facts, self.router.index
+        capacity = spec.total_kv_blocks or 0
         if not spec.kv_events:
-            stream.state = StreamState.OFF
+            index.without_events(target, capacity=capacity)
             return
         if spec.events is None:
-            stream.state = StreamState.OFF
             told = facts is not None and facts.kv_events is False
-            stream.detail = (
+            detail = (
                 f"{spec.name} publishes no KV events: start it with --kv-events-config"
                 if told
                 else f"{spec.name} does not say where its KV events are: give events=tcp://host:port in its entry"
             )
-            self._log.warning("no KV events", dp_rank=target.dp_rank, detail=stream.detail)
+            index.without_events(target, detail, capacity)
+            self._log.warning("no KV events", dp_rank=target.dp_rank, detail=detail)
             return
         source = EventSource(
             at_rank(spec.events, target.dp_rank),
@@ -159,7 +160,7 @@ class Attendant:
         subscriber = Subscriber(
             target,
             source,
-            self.router.index,
+            index,
             self._events,
             self._context,
             on_disconnect=self.doubt,

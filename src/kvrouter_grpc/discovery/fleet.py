@@ -264,7 +264,7 @@ class Fleet:
                     await asyncio.sleep(SWEEP_S)
                     self._sweep()
                     for router in self._routers.values():
-                        router.loads.expire()
+                        router.expire()
             finally:
                 self._group = None
 

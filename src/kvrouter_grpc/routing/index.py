@@ -6,10 +6,12 @@ from dataclasses import dataclass, field
 from functools import partial
 
 from kvrouter_grpc.core import Applied, KvFeed, RadixTree, TargetTable, hash_sequence, seed_for
+from kvrouter_grpc.routing.forecast import Forecast, PredictedCache, Prediction
 from kvrouter_grpc.routing.stream import StreamStatus
 from kvrouter_grpc.types import (
     Overlap,
     Prompt,
+    StreamState,
     Target,
     Tier,
 )
@@ -26,6 +28,9 @@ class _CacheView:
     feed: KvFeed
     slots: dict[Tier, int] = field(default_factory=dict)  # tree slot of each tier seen
     stream: StreamStatus = field(default_factory=StreamStatus)
+    forecast: Forecast | None = None  # foretells what it holds
+    predicted: PredictedCache | None = None  # None until the first prediction
+    capacity: int = 0  # blocks it has room for, as far as predictions need it; 0 when not known
 
 
 class KvIndex:
@@ -38,16 +43,27 @@ class KvIndex:
         block_size: Tokens per block, or None to learn it.
         on_block_size: Called with (target, block size) when a target publishes blocks of another size. They are not
             indexed: hashes of different block sizes never match, they would only be silent zeros.
+        silent: Predicts what targets without events hold; None predicts nothing.
+        ahead: Predicts what targets with events are about to hold; None waits for the events.
 
     Attributes:
         targets: The targets' rows, with where their blocks are and how far that is to be trusted, for the decision.
     """
 
-    def __init__(self, block_size: int | None, on_block_size: Callable[[Target, int], None]) -> None:
+    def __init__(
+        self,
+        block_size: int | None,
+        on_block_size: Callable[[Target, int], None],
+        *,
+        silent: Forecast | None = None,
+        ahead: Forecast | None = None,
+    ) -> None:
         self.targets = TargetTable()
         self._tree: RadixTree | None = None
         self._views: dict[Target, _CacheView] = {}
         self._on_block_size = on_block_size
+        self._silent = silent
+        self._ahead = ahead
         self._depths: array[int] | None = None  # the answer of `match`, written in place
         if block_size:
             self.learn_block_size(block_size)
@@ -68,10 +84,11 @@ class KvIndex:
         """Start to know `target`; nothing happens when it is known."""
         if target not in self._views:
             feed = KvFeed(partial(self._tree_for, target), partial(self._slot, target))
-            self._views[target] = _CacheView(self.targets.add(target), feed)
+            self._views[target] = _CacheView(self.targets.add(target), feed, forecast=self._ahead)
 
     def remove(self, target: Target) -> None:
         """Forget `target` and everything it holds."""
+        self.clear(target)
         view = self._views.pop(target, None)
         if view is None:
             return
@@ -129,13 +146,21 @@ class KvIndex:
             BatchError: The payload is no event batch: nothing was applied.
         """
         view = self._views.get(target)
-        return view.feed.apply(payload) if view is not None else Applied()
+        if view is None:
+            return Applied()
+        applied = view.feed.apply(payload)
+        if applied.cleared:
+            _forget_predictions(view)
+        return applied
 
     def clear(self, target: Target) -> None:
         """Forget what the target holds: its engine restarted."""
         view = self._views.get(target)
         if view is not None:
             view.feed.clear()
+            if view.predicted is not None:
+                view.predicted.tree.clear(view.predicted.slot)  # the feed knows it from its first event on
+            _forget_predictions(view)
 
     def _tree_for(self, target: Target, block_size: int) -> RadixTree | None:
         """The tree, if blocks of this size belong in it."""
@@ -148,10 +173,51 @@ class KvIndex:
         """A slot for a tier that the target is seen to use for the first time."""
         assert self._tree is not None  # noqa: S101  # the feed asks for the tree first
         view = self._views[target]
+        if TIERS[tier] in view.slots:
+            return view.slots[TIERS[tier]]  # something was predicted before the first event
         slot = view.slots[TIERS[tier]] = self._tree.add_slot()
         self.targets.set_slot(view.row, tier, slot)
         self._depths = None  # too short by now
         return slot
+
+    # --- predictions ----------------------------------------------------------------------------------------------
+
+    def without_events(self, target: Target, detail: str = "", capacity: int = 0) -> None:
+        """Nothing will tell what `target` holds: predict it, if that is wanted.
+
+        Args:
+            target: The target.
+            detail: One sentence for the operator when that is not as it should be.
+            capacity: Blocks its engine has room for; 0 when not known.
+        """
+        view = self._views[target]
+        view.stream.state = StreamState.PREDICTED if self._silent is not None else StreamState.OFF
+        view.stream.detail = detail
+        view.forecast = self._silent
+        view.capacity = capacity
+        self.refresh(target)
+
+    def predict(self, target: Target, seqs: "array[int]", prompt: Prompt, now: float) -> Prediction | None:
+        """A request was booked on `target`: count its blocks as held there. None where nothing is predicted.
+
+        Args:
+            target: The target.
+            seqs: Sequence hashes of the prompt.
+            prompt: The prompt.
+            now: Seconds.
+        """
+        view = self._views.get(target)
+        if view is None or view.forecast is None or not seqs or self._tree is None:
+            return None
+        if view.predicted is None:
+            view.predicted = PredictedCache(self._tree, self._slot(target, TIERS.index(Tier.DEVICE)), view.capacity)
+        return view.forecast.begin(view.predicted, seqs, seed_for(prompt.lora_name, prompt.cache_salt), now)
+
+    def expire(self, now: float) -> None:
+        """End the predictions that are past their time."""
+        for forecast in (self._silent, self._ahead):
+            if forecast is not None:
+                forecast.expire(now)
 
     # --- questions ------------------------------------------------------------------------------------------------
 
@@ -184,6 +250,11 @@ class KvIndex:
 
 
 _NOTHING = Overlap()
+
+
+def _forget_predictions(view: _CacheView) -> None:
+    if view.forecast is not None and view.predicted is not None:
+        view.forecast.forget(view.predicted)
 
 
 def _extend(tree: RadixTree, view: _CacheView, seqs: "array[int]", device: int) -> Overlap:

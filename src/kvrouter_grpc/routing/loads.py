@@ -13,6 +13,7 @@ from typing import NamedTuple, Self
 
 from kvrouter_grpc.core import TargetTable
 from kvrouter_grpc.errors import DuplicateRequestError, UnknownReservationError
+from kvrouter_grpc.routing.forecast import Prediction
 from kvrouter_grpc.types import Decision, Target
 
 
@@ -39,10 +40,21 @@ class Lease:
         request_id: Name of the request, unique in its table.
         decision: The decision that was booked.
         expires_at: Clock reading at which the lease ends by itself; infinity for the lease of a live stream.
+        prediction: What it lets the router predict of its target's cache, where that is predicted.
         released: Whether it has ended.
     """
 
-    __slots__ = ("_booking", "_prefilling", "_table", "_ticket", "decision", "expires_at", "released", "request_id")
+    __slots__ = (
+        "_booking",
+        "_prefilling",
+        "_table",
+        "_ticket",
+        "decision",
+        "expires_at",
+        "prediction",
+        "released",
+        "request_id",
+    )
 
     def __init__(
         self, table: "LoadTable", request_id: str, decision: Decision, booking: Booking, ticket: int, expires_at: float
@@ -50,6 +62,7 @@ class Lease:
         self.request_id = request_id
         self.decision = decision
         self.expires_at = expires_at
+        self.prediction: Prediction | None = None
         self._table = table
         self._booking = booking
         self._ticket = ticket
@@ -71,6 +84,8 @@ class Lease:
         """Take everything back. Idempotent."""
         if self.released:
             return
+        if self.prediction is not None:
+            self.prediction.end(self._table.clock(), computed=not self._prefilling)
         self.first_token()
         self.released = True
         self._table.targets.release(self._ticket, self._booking.seqs, self._booking.share_blocks)

@@ -1,5 +1,6 @@
 """The router of one endpoint: decides where a request goes and books it there, in one synchronous step."""
 
+import math
 import time
 from array import array
 from collections.abc import Callable, Collection, Iterable
@@ -10,6 +11,7 @@ from kvrouter_grpc.core import Choice, Decider, seed_for
 from kvrouter_grpc.errors import NotReadyError
 from kvrouter_grpc.routing import candidates
 from kvrouter_grpc.routing.cost import credit_blocks
+from kvrouter_grpc.routing.forecast import Forecast, Prediction
 from kvrouter_grpc.routing.index import KvIndex
 from kvrouter_grpc.routing.loads import Booking, Lease, LoadTable, TargetLoad
 from kvrouter_grpc.routing.plan import Plan
@@ -69,7 +71,7 @@ class Router:
         self.endpoint = endpoint
         self.config = config
         self.workers = WorkerRegistry(on_worker_change)
-        self.index = KvIndex(config.block_size, self._block_size_differs)
+        self.index = KvIndex(config.block_size, self._block_size_differs, **_forecasts(config))
         self.loads = LoadTable(self.index.targets, clock, config.request_expiry_s)
         self._roster = Roster(self.workers, self.index.targets)
         self._decider = Decider(self.index.targets, config.seed)
@@ -176,13 +178,31 @@ class Router:
         plan = self._plan_for(hints)
         decision = self._decide(prompt, hints, plan, model, explain, exclude)
         weights = plan.weights
+        seqs = self._decider.sequence()
         booking = Booking(
-            self._decider.sequence() if weights.track_active_blocks else _NO_BLOCKS,
+            seqs if weights.track_active_blocks else _NO_BLOCKS,
             decision.prompt_tokens - decision.expected_cached_tokens if weights.track_prefill_tokens else 0,
             weights.assume_kv_reuse,
         )
         self._turn += 1
-        return self.loads.book(request_id, decision, booking, ttl_s)
+        lease = self.loads.book(request_id, decision, booking, ttl_s)
+        lease.prediction = self.index.predict(decision.target, seqs, prompt, self.loads.clock())
+        return lease
+
+    def improve(self, prediction: Prediction, prompt: Prompt, decision: Decision) -> None:
+        """Correct predictions by what was heard of a request that is about to be released."""
+        cached_tokens, answer = prediction.cached_tokens, prediction.answer
+        if cached_tokens is not None and cached_tokens < decision.expected_cached_tokens:
+            prediction.correct(cached_tokens // decision.block_size)
+        if answer:
+            # Nothing was generated from the last token, so its keys and values were never computed.
+            tokens = array("I", (*prompt.tokens.tolist(), *answer[:-1]))
+            prediction.lengthen(self.index.sequence(prompt._replace(tokens=tokens)))
+
+    def expire(self) -> None:
+        """End what is past its time: reservations that nobody freed, predictions."""
+        self.loads.expire()
+        self.index.expire(self.loads.clock())
 
     def mark_prefill_complete(self, request_id: str) -> None:
         """A reserved request has its first token. Raises UnknownReservationError."""
@@ -192,7 +212,9 @@ class Router:
     def free(self, request_id: str) -> None:
         """A reserved request has ended. Raises UnknownReservationError."""
         self.loads.expire()
-        self.loads.lease(request_id).release()
+        lease = self.loads.lease(request_id)
+        lease.first_token()  # whoever frees a request without having said so had it computed
+        lease.release()
 
     def load(self, target: Target) -> TargetLoad:
         """Work booked on a target."""
@@ -298,6 +320,20 @@ class Router:
         scored.sort(key=lambda candidate: (candidate.cost or 0.0, candidate.target))
         dropped = [Candidate(target, worker.spec.name, Overlap(), None, {}, reason) for worker, target, reason in drops]
         return (*scored, *dropped)
+
+
+def _forecasts(config: RouterConfig) -> dict[str, Forecast]:
+    """What is predicted of caches: of those that do not tell, and of the others until they do."""
+    if config.load_aware:
+        return {}
+
+    def forecast(ttl_s: float) -> Forecast:
+        return Forecast(ttl_s=ttl_s, max_blocks=config.max_tree_size, keep=config.prune_target_ratio)
+
+    forecasts = {"silent": forecast(config.ttl_secs if config.approximate_cache_policy == "ttl" else math.inf)}
+    if config.prediction_ahead_s is not None:
+        forecasts["ahead"] = forecast(config.prediction_ahead_s)
+    return forecasts
 
 
 _NO_BLOCKS = array("Q")

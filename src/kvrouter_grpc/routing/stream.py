@@ -4,6 +4,11 @@ from dataclasses import dataclass
 
 from kvrouter_grpc.types import StreamState
 
+PREDICTED_FRESHNESS = 0.9
+"""Trust in what is only predicted: the chance that a block which is counted is there. Below 1, so that of two workers
+with the same overlap the one whose engine vouches for it is taken; not far below, since a router that sees all traffic
+of its workers errs about evictions only, and a lower number would send sessions away from their caches."""
+
 
 @dataclass(slots=True)
 class StreamStatus:
@@ -27,6 +32,8 @@ class StreamStatus:
         """Trust in this rank's overlap, 0 (none) to 1 (every event since the start was applied)."""
         if self.state is StreamState.LIVE:
             return 1.0
+        if self.state is StreamState.PREDICTED:
+            return PREDICTED_FRESHNESS
         if self.state in (StreamState.STALE, StreamState.SYNCING) and self.batches:
             return 0.5
         return 0.0

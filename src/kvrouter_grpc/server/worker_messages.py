@@ -31,6 +31,7 @@ _STREAM_STATES = {
     StreamState.LIVE: common_pb2.STREAM_STATE_LIVE,
     StreamState.STALE: common_pb2.STREAM_STATE_STALE,
     StreamState.OFF: common_pb2.STREAM_STATE_OFF,
+    StreamState.PREDICTED: common_pb2.STREAM_STATE_PREDICTED,
 }
 _ENTRY_NAMES = {"models": "model", "dp_size": "dp"}  # where the configuration names a setting differently
 

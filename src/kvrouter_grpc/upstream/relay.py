@@ -62,10 +62,13 @@ class Relay:
                 raise
             target = lease.decision.target
             delivered = False
+            prediction = lease.prediction
             with lease:
                 try:
                     async with aclosing(self._send(router, request, target)) as answer:
                         async for chunks in answer:
+                            if prediction is not None:
+                                prediction.heard(chunks)
                             if any(chunk.token_ids or chunk.text for chunk in chunks):
                                 lease.first_token()
                             if delivered:
@@ -81,6 +84,9 @@ class Relay:
                         raise
                     failure = error
                     tried.add(target)
+                finally:
+                    if prediction is not None:
+                        router.improve(prediction, prompt, lease.decision)
 
     def _send(self, router: Router, request: EngineRequest, target: Target) -> AsyncGenerator[list[EngineChunk], None]:
         worker = router.workers.get(target.worker_id)

@@ -35,6 +35,7 @@ class StreamState(StrEnum):
     LIVE = "live"
     STALE = "stale"
     OFF = "off"
+    PREDICTED = "predicted"  # it publishes no events; what it holds is predicted from the requests it was given
     UNKNOWN = "unknown"  # a state that this version of the client does not know
 
 
@@ -57,6 +58,7 @@ _STREAM_STATES: Mapping[int, StreamState] = {
     common_pb2.STREAM_STATE_LIVE: StreamState.LIVE,
     common_pb2.STREAM_STATE_STALE: StreamState.STALE,
     common_pb2.STREAM_STATE_OFF: StreamState.OFF,
+    common_pb2.STREAM_STATE_PREDICTED: StreamState.PREDICTED,
 }
 
 

@@ -101,6 +101,8 @@ class _StreamStateEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_StreamSta
     """Events were lost and could not be recovered."""
     STREAM_STATE_OFF: _StreamState.ValueType  # 5
     """This worker publishes no events."""
+    STREAM_STATE_PREDICTED: _StreamState.ValueType  # 6
+    """This worker publishes no events; what it holds is predicted from the requests that this router gave it."""
 
 class StreamState(_StreamState, metaclass=_StreamStateEnumTypeWrapper):
     """How true the router's picture of one rank's KV cache is."""
@@ -117,6 +119,8 @@ STREAM_STATE_STALE: StreamState.ValueType  # 4
 """Events were lost and could not be recovered."""
 STREAM_STATE_OFF: StreamState.ValueType  # 5
 """This worker publishes no events."""
+STREAM_STATE_PREDICTED: StreamState.ValueType  # 6
+"""This worker publishes no events; what it holds is predicted from the requests that this router gave it."""
 Global___StreamState: _TypeAlias = StreamState  # noqa: Y015
 
 @_typing.final
