@@ -8,7 +8,7 @@ BUILD := pyproject.toml setup.py $(CORE)
 
 .DEFAULT_GOAL := help
 .PHONY: help build dev demo test sanitize test-vllm vllm-env lint format proto proto-check config-docs clean \
-	bench bench-quick bench-docs bench-peers
+	bench bench-quick bench-docs bench-peers bench-traces
 
 help: ## This list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  \033[1m%-12s\033[0m %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -73,6 +73,10 @@ bench: $(VENV)/.built bench-peers ## Cost of everything beside the peers and the
 
 bench-quick: $(VENV)/.built ## Every suite at tiny sizes, to see that it works
 	$(BIN)/python -m bench --quick --no-peers $(ARGS)
+	$(BIN)/python -m bench.traces --quick
+
+bench-traces: $(VENV)/.built ## Routing policies on recorded traffic over simulated engines, see docs/routing.md
+	$(BIN)/python -m bench.traces $(ARGS)
 
 bench-docs: $(VENV)/.built bench-peers ## The plots and docs/performance.md, from the last `make bench`
 	$(BIN)/python -m bench.curves $(ARGS)

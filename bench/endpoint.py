@@ -20,16 +20,35 @@ _HINTS = RoutingHints()
 class Endpoint:
     """A router with workers that may be picked, as the server would hold it.
 
+    Args:
+        workers: How many.
+        config: The policy; None for the defaults.
+        clock: Monotonic seconds.
+        rooms: Blocks that each worker's cache has room for; None: not known.
+
     Attributes:
         router: The router.
         targets: One per worker, in their order.
     """
 
-    def __init__(self, workers: int) -> None:
-        self.router = Router(ENDPOINT, RouterConfig(seed=1, block_size=work.BLOCK))
+    def __init__(
+        self,
+        workers: int,
+        config: RouterConfig | None = None,
+        clock: Callable[[], float] = time.monotonic,
+        rooms: Sequence[int] | None = None,
+    ) -> None:
+        self.router = Router(ENDPOINT, config or RouterConfig(seed=1, block_size=work.BLOCK), clock=clock)
         self.targets: list[Target] = []
         for number in range(workers):
-            spec = WorkerSpec(f"w{number}", f"http://127.0.0.1:{8000 + number}", ENDPOINT, (work.MODEL,), dp_size=1)
+            spec = WorkerSpec(
+                f"w{number}",
+                f"http://127.0.0.1:{8000 + number}",
+                ENDPOINT,
+                (work.MODEL,),
+                dp_size=1,
+                total_kv_blocks=rooms[number] if rooms else None,
+            )
             worker = self.router.workers.add(spec)
             self.router.workers.set_health(worker, WorkerState.READY)
             self.router.add_targets(worker.targets)
