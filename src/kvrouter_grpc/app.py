@@ -6,6 +6,7 @@ import os
 import random
 import signal
 import sys
+from collections.abc import Mapping
 from types import FrameType
 
 import structlog
@@ -17,6 +18,7 @@ from kvrouter_grpc.discovery.fleet import Fleet
 from kvrouter_grpc.observability.logging import configure_logging
 from kvrouter_grpc.routing.router import Router
 from kvrouter_grpc.server.server import GrpcServer
+from kvrouter_grpc.upstream.prefill_leg import PrefillLeg
 from kvrouter_grpc.upstream.relay import Relay
 from kvrouter_grpc.upstream.session import engine_session
 
@@ -41,7 +43,7 @@ class App:
         self.admin_address = ""
         self.started = asyncio.Event()
         self.routers = {
-            endpoint: Router(endpoint, config.router, on_worker_change=lambda _: self._changed.set())
+            endpoint: Router(endpoint, config.router_of(endpoint), on_worker_change=lambda _: self._changed.set())
             for endpoint in config.endpoints
         }
         self._config = config
@@ -73,10 +75,11 @@ class App:
                     min_workers=config.router.min_initial_workers,
                     follow_events=config.router.kv_events,
                     rng=random.Random(config.router.seed),
+                    expendable=frozenset(config.prefill_pools().values()),
                 )
                 for spec in config.workers:
                     fleet.configure(spec)
-                relay = Relay(fleet.client, config.upstream, fleet.suspect)
+                relay = Relay(fleet.client, config.upstream, fleet.suspect, self._prefill_legs(fleet))
                 server = GrpcServer(config.server, self.routers, relay, fleet)
                 async with asyncio.TaskGroup() as group:
                     tasks = [
@@ -94,6 +97,19 @@ class App:
                             task.cancel()
         finally:
             context.destroy(linger=0)
+
+    def _prefill_legs(self, fleet: Fleet) -> Mapping[str, PrefillLeg]:
+        config = self._config
+        return {
+            endpoint: PrefillLeg(
+                self.routers[pool],
+                config.router_of(endpoint).local_prefill,
+                config.upstream.prefill_timeout_s,
+                fleet.client,
+                fleet.suspect,
+            )
+            for endpoint, pool in config.prefill_pools().items()
+        }
 
     async def _follow_readiness(self, server: GrpcServer, fleet: Fleet) -> None:
         """Let the health service say what the fleet says."""

@@ -138,6 +138,8 @@ class RoutingHints:
     strict_priority: int = 0
     priority_jump_s: float = 0.0
     override: RouterOverride | None = None
+    prefill_worker_id: int | None = None  # pin of the prefill leg, where the endpoint has a prefill pool
+    prefill_dp_rank: int | None = None
 
 
 class Prompt(NamedTuple):

@@ -27,6 +27,7 @@ PAIRS: list[tuple[type[Any], type[Message], dict[str, str]]] = [
     (replies.WorkerChoice, router_pb2.BestWorkerIdResponse, RENAMED),
     (replies.GenerateChunk, router_pb2.GenerateResponse, RENAMED),
     (replies.RoutingData, router_pb2.RoutingData, {}),
+    (replies.PrefillData, router_pb2.PrefillData, {}),
     (replies.Usage, router_pb2.Usage, {}),
     (replies.TokenLogprob, router_pb2.TokenLogprob, {}),
     (replies.TargetLoad, router_pb2.TargetLoad, {}),

@@ -17,7 +17,8 @@ from kvrouter_grpc.config.source import MAX_FILE_BYTES
 from kvrouter_grpc.errors import ConfigError
 
 ENDPOINT = {"--endpoint": ["a.b.c"]}
-SCALARS = [s for s in SETTINGS.values() if s.section and not s.retired and s.name != "tokenizer"]
+NOT_ANY_TEXT = {"tokenizer", "prefill_endpoint", "conditional_disagg_config"}
+SCALARS = [s for s in SETTINGS.values() if s.section and not s.retired and s.name not in NOT_ANY_TEXT]
 
 
 def write(tmp_path: Path, text: str) -> Path:
@@ -57,6 +58,8 @@ def values_of(setting: Setting) -> st.SearchStrategy[Any]:
         strategy = st.integers(1, 65535).map(lambda port: f"127.0.0.1:{port}")
     else:
         strategy = st.text(string.ascii_lowercase + "/.-", min_size=5, max_size=20)
+        if kind is Path:
+            strategy = strategy.map(lambda text: str(Path(text)))
     return st.none() | strategy if optional else strategy
 
 

@@ -17,7 +17,7 @@ def _scalar(value: Any) -> str:
 
 def _lines(config: Config) -> Iterator[str]:
     section = ""
-    plain = config.model_dump(mode="json", exclude={"workers"})
+    plain = config.model_dump(mode="json", exclude={"workers", "endpoint_policies"})
     for setting in SETTINGS.values():
         if setting.retired:
             continue
@@ -27,10 +27,16 @@ def _lines(config: Config) -> Iterator[str]:
         origin = config.origins.get(setting.path, "default")
         indent, key = ("  " if setting.section else ""), setting.name.replace("_", "-")
         if setting.path == "workers":
-            yield f"workers:  # {config.origins.get('workers', origin)}"
+            yield f"workers:{'' if config.workers else ' []'}  # {config.origins.get('workers', origin)}"
             for spec in config.workers:
                 entry = WorkerEntry.of(spec).model_dump(mode="json", exclude_none=True)
                 yield f"  - {_scalar({name.replace('_', '-'): value for name, value in entry.items()})}"
+        elif setting.path == "endpoint_policies":
+            yield f"{key}:{'' if config.endpoint_policies else ' []'}  # {origin}"
+            for policy in config.endpoint_policies:
+                own = config.router_of(policy.endpoint).model_dump(mode="json", include=set(policy.settings))
+                entry = {"endpoint": policy.endpoint} | {name.replace("_", "-"): value for name, value in own.items()}
+                yield f"  - {_scalar(entry)}"
         else:
             holder = plain[setting.section] if setting.section else plain
             yield f"{indent}{key}: {_scalar(holder[setting.name])}  # {origin}"

@@ -1,10 +1,12 @@
 """From what the sources say to one `Config`: precedence, parsing, old names, and every fault at once."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from kvrouter_grpc.config.model import Config
+from kvrouter_grpc.config.policy_list import parse_policies
+from kvrouter_grpc.config.router import RouterConfig
 from kvrouter_grpc.config.section import Section
 from kvrouter_grpc.config.settings import SECTIONS, SETTINGS
 from kvrouter_grpc.config.source import FlagValue, Given, Source, from_env, from_flags, from_yaml
@@ -131,13 +133,15 @@ class _Draft:
         top: dict[str, Any] = {
             "endpoints": self._endpoints(),
             "workers_file": self.values.get("workers_file"),
+            "endpoint_policies": self.values.get("endpoint_policies", ()),
         }
         top["workers"] = self._workers(top["endpoints"])
         sections = {name: self._values_of(name) for name in SECTIONS}
         # Unchecked objects first: building a checked one stops at its first contradiction.
-        self._note_contradictions("", Config.model_construct(**top))
         for name, model in SECTIONS.items():
             self._note_contradictions(f"{name}.", model.model_construct(**sections[name]))
+        router = RouterConfig.model_construct(**sections["router"])
+        self._note_contradictions("", Config.model_construct(**top, router=router))
         if self.faults:
             raise ConfigError(list(dict.fromkeys(self.faults)))
         top |= {name: model(**sections[name]) for name, model in SECTIONS.items()}
@@ -175,12 +179,15 @@ class _Draft:
                 self.faults.append(f"{' and '.join(origins)}: {text}")
 
 
+_LISTS: Mapping[str, Callable[..., Any]] = {"workers": parse_entries, "endpoint_policies": parse_policies}
+
+
 def _parse(given: Given) -> Any:
     setting, value = given.setting, given.value
-    if setting.path == "workers":
+    if setting.path in _LISTS:
         if isinstance(value, str) and given.text:
             value = [part for part in value.split(setting.separator) if part.strip()]
-        return parse_entries(value, given.origin, text=given.text)
+        return _LISTS[setting.path](value, given.origin, text=given.text)
     try:
         if not given.text:
             return setting.parse_yaml(value)

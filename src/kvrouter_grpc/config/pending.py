@@ -128,8 +128,6 @@ class PendingRouterConfig(Section):
     )
     tracking_key_file: Path | None = setting(None, "File with the key of keyed-xxh3-v1.")
     tracking_key_id: str | None = setting(None, "Name of the key of keyed-xxh3-v1.")
-    conditional_disagg: bool = setting(False, "Skip the remote prefill where it does not pay.")
-    conditional_disagg_config: str | None = setting(None, "Settings of conditional-disagg as a JSON object.")
     enable_session_prefix_index: bool = setting(
         False,
         "Keep the prefixes of each session.",

@@ -3,10 +3,11 @@
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator
+from pydantic import AfterValidator, BeforeValidator
 
+from kvrouter_grpc.config.disagg import LocalPrefill, checked_local_prefill, read_local_prefill
 from kvrouter_grpc.config.pending import PendingRouterConfig
-from kvrouter_grpc.config.section import Contradiction, Names, setting
+from kvrouter_grpc.config.section import Contradiction, Endpoint, Names, Syntax, setting
 
 
 def _mode(value: Any) -> Any:
@@ -131,6 +132,26 @@ class RouterConfig(PendingRouterConfig):
         True,
         "Count a prefix that several running requests share once. Off where engines do not share blocks.",
     )
+    prefill_endpoint: Endpoint | None = setting(
+        None,
+        "Disaggregated serving: the endpoint, served by this router too, whose workers compute the prompts of Generate "
+        "requests to the other endpoints. They need a KV connector on both sides (docs/disaggregated.md). Any failure "
+        "leaves the prompt to the worker that generates.",
+        names=OWN,
+    )
+    conditional_disagg: bool = setting(
+        False,
+        "With prefill-endpoint: leave a prompt to the worker that generates where another one would save little, by "
+        "what that worker has cached; see conditional-disagg-config.",
+    )
+    conditional_disagg_config: Annotated[str, AfterValidator(checked_local_prefill), Syntax("a JSON object")] | None = (
+        setting(
+            None,
+            "The limits of conditional-disagg: a prompt stays where fewer than eff_isl_threshold (2048) of its tokens "
+            "are uncached and these are less than eff_isl_ratio_threshold (0.7) of it; with policy isl_or_ratio, where "
+            "one of the two holds.",
+        )
+    )
     request_expiry_s: float = setting(
         300.0,
         "A booked request that nobody frees is forgotten after this many seconds.",
@@ -150,6 +171,11 @@ class RouterConfig(PendingRouterConfig):
     def prediction_ahead_s(self) -> float | None:
         """Life of predictions beside events; None makes none."""
         return self.predicted_ttl_secs or (PREDICT_AHEAD_S if self.predict_on_route else None)
+
+    @property
+    def local_prefill(self) -> LocalPrefill | None:
+        """The condition under which a prompt is computed where it is decoded; None for never by choice."""
+        return read_local_prefill(self.conditional_disagg_config or "{}") if self.conditional_disagg else None
 
     def contradictions(self) -> Iterator[Contradiction]:
         """Check that the index is not both served and borrowed."""

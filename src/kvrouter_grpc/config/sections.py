@@ -195,6 +195,13 @@ class UpstreamConfig(Section):
     first_token_timeout_s: float = setting(
         300.0, "Seconds from sending a request to its first token: queueing and prefill.", gt=0, le=86_400
     )
+    prefill_timeout_s: float = setting(
+        60.0,
+        "Disaggregated serving: seconds that the prefill worker gets, queueing included, before the prompt is left to "
+        "the worker that generates.",
+        gt=0,
+        le=86_400,
+    )
     inter_token_timeout_s: float = setting(60.0, "Longest silence between two tokens.", gt=0, le=86_400)
     health_interval_s: float = setting(0.5, "Seconds between two health checks of a worker.", gt=0, le=300)
     health_timeout_s: float = setting(1.0, "A health check without an answer by then has failed.", gt=0, le=300)

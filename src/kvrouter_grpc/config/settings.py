@@ -229,7 +229,7 @@ SECTIONS: Mapping[str, type[Section]] = {
 def _settings() -> Iterator[Setting]:
     for name, info in Config.model_fields.items():
         if name not in SECTIONS and not info.exclude:
-            yield Setting("", name, info, separator=";" if name == "workers" else ",")
+            yield Setting("", name, info, separator=";" if name in {"workers", "endpoint_policies"} else ",")
     for section, model in SECTIONS.items():
         own = [name for name in model.model_fields if name in model.__annotations__]
         for name in (*own, *(name for name in model.model_fields if name not in own)):

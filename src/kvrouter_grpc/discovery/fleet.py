@@ -3,7 +3,7 @@
 import asyncio
 import random
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 
 import aiohttp
@@ -76,6 +76,7 @@ class Fleet:
         follow_events: Whether KV events are subscribed to at all.
         clock: Monotonic seconds.
         rng: For jitter.
+        expendable: Endpoints whose workers others can do without: once the router was ready, it stays so without them.
     """
 
     def __init__(
@@ -90,6 +91,7 @@ class Fleet:
         follow_events: bool = True,
         clock: Callable[[], float] = time.monotonic,
         rng: random.Random | None = None,
+        expendable: Collection[str] = (),
     ) -> None:
         self._routers = routers
         self._session = session
@@ -100,6 +102,7 @@ class Fleet:
         self._follow_events = follow_events
         self._clock = clock
         self._rng = rng or random.Random()
+        self._expendable = expendable
         self._members: dict[str, _Member] = {}
         self._clients: dict[int, VllmHttpClient] = {}
         self._group: asyncio.TaskGroup | None = None
@@ -226,7 +229,8 @@ class Fleet:
         enough = self._was_ready or len(self._ready_workers()) >= self._min_workers
         return enough and all(
             any(worker.state is WorkerState.READY for worker in router.workers.workers())
-            for router in self._routers.values()
+            for endpoint, router in self._routers.items()
+            if not (self._was_ready and endpoint in self._expendable)
         )
 
     def _ready_workers(self) -> list[Worker]:

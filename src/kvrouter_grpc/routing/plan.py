@@ -56,3 +56,18 @@ class Plan:
         }
         temperature = override.temperature if override.temperature is not None else self.temperature
         return Plan.make(replace(self.weights, **weights), override.cost or self.cost, self.mode, temperature)
+
+    def decoding(self) -> "Plan":
+        """This plan for a request whose prompt another worker computes.
+
+        What decides then is the room for its blocks: no prompt waits here, and what is cached here saves a transfer,
+        not a computation. The Dynamo router uses the same formula for decode pools.
+        """
+        weights = replace(
+            self.weights,
+            overlap_score_credit=0.0,
+            host_cache_hit_weight=0.0,
+            disk_cache_hit_weight=0.0,
+            track_prefill_tokens=False,
+        )
+        return Plan.make(weights, "dynamo", self.mode, self.temperature)

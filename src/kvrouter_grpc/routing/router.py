@@ -77,6 +77,7 @@ class Router:
         self._decider = Decider(self.index.targets, config.seed)
         self._plan = Plan.of(config)
         self._reports: dict[Target, EngineReport] = {}
+        self._decode_plan = self._plan.decoding()
         self._turn = 0  # of round-robin; only what is booked takes a turn
 
     @property
@@ -164,18 +165,22 @@ class Router:
         ttl_s: float | None = None,
         explain: bool = False,
         exclude: Collection[Target] = (),
+        prefilled: bool = False,
     ) -> Lease:
         """Decide and book in one step. Arguments and errors as `best_worker`.
 
         Args:
             request_id: Name of the booking.
             ttl_s: Its life in seconds if nobody releases it; None for the configured one.
+            prefilled: Another worker computes the prompt: only decoding counts, for the choice and for the load.
 
         Raises:
             DuplicateRequestError: The id is in use.
         """
         self.loads.check_free(request_id)
         plan = self._plan_for(hints)
+        if prefilled:
+            plan = self._decode_plan if plan is self._plan else plan.decoding()
         decision = self._decide(prompt, hints, plan, model, explain, exclude)
         weights = plan.weights
         seqs = self._decider.sequence()

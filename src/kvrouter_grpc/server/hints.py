@@ -45,7 +45,9 @@ def read_hints(
     if not request.HasField("routing"):
         return NO_HINTS if override is None else RoutingHints(override=override)
     routing = request.routing
-    worker_id, dp_rank = _read_pin(routing, role(), violations)
+    phase = role()
+    worker_id, dp_rank = _read_pin(routing, phase, violations)
+    leg = routing.HasField("prefill_worker_id") and phase is not Role.PREFILL
     allowed = None
     if routing.allowed_worker_ids and violations.check_count(
         "routing.allowed_worker_ids", routing.allowed_worker_ids, MAX_WORKERS
@@ -61,6 +63,8 @@ def read_hints(
         strict_priority=routing.strict_priority,
         priority_jump_s=_read_priority_jump(routing.priority_jump_s, violations),
         override=override,
+        prefill_worker_id=routing.prefill_worker_id if leg else None,
+        prefill_dp_rank=routing.prefill_dp_rank if leg and routing.HasField("prefill_dp_rank") else None,
     )
 
 

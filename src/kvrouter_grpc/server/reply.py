@@ -8,6 +8,7 @@ from kvrouter_grpc._gen import common_pb2, router_pb2
 from kvrouter_grpc.routing.loads import TargetLoad
 from kvrouter_grpc.routing.router import OverlapScores
 from kvrouter_grpc.types import Candidate, Decision, EngineChunk, Overlap, TokenLogprob
+from kvrouter_grpc.upstream.prefill_leg import Handover
 
 FINISH_REASONS = {
     "stop": router_pb2.FINISH_REASON_STOP,
@@ -22,7 +23,13 @@ FINISH_REASONS = {
 # Messages are filled field by field: that takes less than half as long as keyword arguments and submessages.
 
 
-def write_routing_data(message: router_pb2.RoutingData, decision: Decision, request_id: str, attempts: int) -> None:
+def write_routing_data(
+    message: router_pb2.RoutingData,
+    decision: Decision,
+    request_id: str,
+    attempts: int,
+    prefill: Handover | None = None,
+) -> None:
     """The decision behind a stream."""
     message.worker_id, message.dp_rank = decision.target
     message.worker_name = decision.worker_name
@@ -32,6 +39,20 @@ def write_routing_data(message: router_pb2.RoutingData, decision: Decision, requ
     message.attempts = attempts
     message.freshness = decision.freshness
     message.request_id = request_id
+    if prefill is not None:
+        _write_prefill(message.prefill, prefill)
+
+
+def _write_prefill(message: router_pb2.PrefillData, prefill: Handover) -> None:
+    """Who computed the prompt."""
+    message.remote = prefill.remote
+    message.reason = prefill.reason
+    decision = prefill.decision
+    if decision is not None:
+        message.worker_id, message.dp_rank = decision.target
+        message.worker_name = decision.worker_name
+        _write_overlap(message.overlap, decision.overlap)
+        message.expected_cached_tokens = decision.expected_cached_tokens
 
 
 def write_best_worker(message: router_pb2.BestWorkerIdResponse, decision: Decision, load: TargetLoad) -> None:

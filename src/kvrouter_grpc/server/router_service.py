@@ -145,7 +145,7 @@ class RouterService:
                 if step.decision is not None:
                     if not messages:
                         messages = [router_pb2.GenerateResponse()]
-                    write_routing_data(messages[0].routing, step.decision, request_id, step.attempts)
+                    write_routing_data(messages[0].routing, step.decision, request_id, step.attempts, step.prefill)
                 for message in messages:
                     yield message
 

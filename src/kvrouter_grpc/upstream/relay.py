@@ -1,7 +1,7 @@
 """A request on its way: booked, sent, streamed back, and sent elsewhere when a worker fails before its first token."""
 
 import math
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import aclosing
 from dataclasses import dataclass
 
@@ -9,16 +9,22 @@ from kvrouter_grpc.config import UpstreamConfig
 from kvrouter_grpc.errors import NoWorkersError, UpstreamError
 from kvrouter_grpc.routing.router import Router
 from kvrouter_grpc.types import Decision, EngineChunk, EngineRequest, Prompt, RoutingHints, Target
+from kvrouter_grpc.upstream.prefill_leg import Handover, PrefillLeg
 from kvrouter_grpc.upstream.vllm_http import VllmHttpClient
 
 
 @dataclass(slots=True)
 class RelayStep:
-    """What arrived together from the engine. The first step of a stream also carries the decision."""
+    """What arrived together from the engine. The first step of a stream also carries the decision.
+
+    Attributes:
+        prefill: Who computed the prompt, where the endpoint has a prefill pool.
+    """
 
     chunks: list[EngineChunk]
     decision: Decision | None = None
     attempts: int = 1
+    prefill: Handover | None = None
 
 
 class Relay:
@@ -28,6 +34,7 @@ class Relay:
         client: Gives the client of a worker by its id; raises KeyError when the worker has gone.
         config: Retries and limits.
         on_failure: Called with each target that failed, so that its health is looked at at once.
+        legs: Endpoint to what has its prompts computed elsewhere.
     """
 
     def __init__(
@@ -35,10 +42,12 @@ class Relay:
         client: Callable[[int], VllmHttpClient],
         config: UpstreamConfig,
         on_failure: Callable[[Target, UpstreamError], None],
+        legs: Mapping[str, PrefillLeg] | None = None,
     ) -> None:
         self._client = client
         self._config = config
         self._on_failure = on_failure
+        self._legs = legs or {}
 
     async def generate(
         self, router: Router, prompt: Prompt, hints: RoutingHints, request: EngineRequest
@@ -50,11 +59,21 @@ class Relay:
                 `retries` further workers; a pinned request is never sent elsewhere.
         """
         tried: set[Target] = set()
+        attempts = 0
         failure: UpstreamError | None = None
+        leg = self._legs.get(router.endpoint)
+        prefill = leg.begin(router, prompt, hints, request) if leg is not None else None
         while True:
             try:
+                # Booked before the prefill leg: of requests that come together, the next one sees this one.
                 lease = router.lease(
-                    request.request_id, prompt, hints, model=request.model, ttl_s=math.inf, exclude=tried
+                    request.request_id,
+                    prompt,
+                    hints,
+                    model=request.model,
+                    ttl_s=math.inf,
+                    exclude=tried,
+                    prefilled=prefill is not None and prefill.remote,
                 )
             except NoWorkersError:
                 if failure is not None:
@@ -64,8 +83,12 @@ class Relay:
             delivered = False
             prediction = lease.prediction
             with lease:
+                sent = request if prefill is None else await prefill.request()
+                if sent is None:
+                    continue
+                attempts += 1
                 try:
-                    async with aclosing(self._send(router, request, target)) as answer:
+                    async with aclosing(self._send(router, sent, target)) as answer:
                         async for chunks in answer:
                             if prediction is not None:
                                 prediction.heard(chunks)
@@ -75,17 +98,21 @@ class Relay:
                                 yield RelayStep(chunks)
                             else:
                                 delivered = True
-                                yield RelayStep(chunks, lease.decision, len(tried) + 1)
+                                yield RelayStep(chunks, lease.decision, attempts, prefill)
                     return
                 except UpstreamError as error:
                     self._on_failure(target, error)
+                    failure = error
+                    if prefill is not None and not delivered and prefill.take_back(error):
+                        continue
                     final = delivered or not error.before_first_token or hints.worker_id is not None
                     if final or len(tried) >= self._config.retries:
                         raise
-                    failure = error
                     tried.add(target)
                 finally:
                     if prediction is not None:
+                        if sent is not request:
+                            prediction.cached_tokens = None  # an engine tells what the prefill worker had cached
                         router.improve(prediction, prompt, lease.decision)
 
     def _send(self, router: Router, request: EngineRequest, target: Target) -> AsyncGenerator[list[EngineChunk], None]:

@@ -226,6 +226,32 @@ class TokenLogprob:
 
 
 @dataclass(frozen=True, slots=True)
+class PrefillData:
+    """Who computed the prompt of a request to an endpoint with a prefill pool."""
+
+    remote: bool  # a worker of the pool; else the worker of the stream itself
+    reason: str  # why it was the worker of the stream; empty when it was not
+    worker_id: int  # the prefill worker that was asked; 0 when none was
+    dp_rank: int
+    worker_name: str
+    overlap: Overlap
+    expected_cached_tokens: int
+
+    @classmethod
+    def from_proto(cls, message: router_pb2.PrefillData) -> "PrefillData":
+        """Convert."""
+        return cls(
+            remote=message.remote,
+            reason=message.reason,
+            worker_id=message.worker_id,
+            dp_rank=message.dp_rank,
+            worker_name=message.worker_name,
+            overlap=Overlap.from_proto(message.overlap),
+            expected_cached_tokens=message.expected_cached_tokens,
+        )
+
+
+@dataclass(frozen=True, slots=True)
 class RoutingData:
     """The decision behind a stream."""
 
@@ -238,6 +264,7 @@ class RoutingData:
     attempts: int
     freshness: float
     request_id: str
+    prefill: PrefillData | None = None  # where the endpoint has a prefill pool
 
     @classmethod
     def from_proto(cls, message: router_pb2.RoutingData) -> "RoutingData":
@@ -252,6 +279,7 @@ class RoutingData:
             attempts=message.attempts,
             freshness=message.freshness,
             request_id=message.request_id,
+            prefill=PrefillData.from_proto(message.prefill) if message.HasField("prefill") else None,
         )
 
 

@@ -439,7 +439,9 @@ class RoutingHints(_message.Message):
     dp_rank: _builtins.int
     """Rank of the pinned worker. May be left out when the worker has only one."""
     prefill_worker_id: _builtins.int
-    """Pin of the prefill phase, used by endpoints whose workers compute prompts for others. Overrides `worker_id` there."""
+    """Pin of the prefill phase: of requests to an endpoint whose workers compute prompts for others, where it overrides
+    `worker_id`, and of the prefill leg of requests to an endpoint that has a prefill pool.
+    """
     prefill_dp_rank: _builtins.int
     """Rank of `prefill_worker_id`."""
     decode_worker_id: _builtins.int
@@ -826,6 +828,7 @@ class RoutingData(_message.Message):
     ATTEMPTS_FIELD_NUMBER: _builtins.int
     FRESHNESS_FIELD_NUMBER: _builtins.int
     REQUEST_ID_FIELD_NUMBER: _builtins.int
+    PREFILL_FIELD_NUMBER: _builtins.int
     worker_id: _builtins.int
     """The worker."""
     dp_rank: _builtins.int
@@ -846,6 +849,10 @@ class RoutingData(_message.Message):
     def overlap(self) -> _common_pb2.Overlap:
         """What it held of the prompt when the request was sent."""
 
+    @_builtins.property
+    def prefill(self) -> Global___PrefillData:
+        """Who computed the prompt; absent unless the endpoint has a prefill pool (`--router-prefill-endpoint`)."""
+
     def __init__(
         self,
         *,
@@ -858,14 +865,70 @@ class RoutingData(_message.Message):
         attempts: _builtins.int = ...,
         freshness: _builtins.float = ...,
         request_id: _builtins.str = ...,
+        prefill: Global___PrefillData | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["overlap", b"overlap"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["overlap", b"overlap", "prefill", b"prefill"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempts", b"attempts", "dp_rank", b"dp_rank", "expected_cached_tokens", b"expected_cached_tokens", "freshness", b"freshness", "overlap", b"overlap", "prompt_tokens", b"prompt_tokens", "request_id", b"request_id", "worker_id", b"worker_id", "worker_name", b"worker_name"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempts", b"attempts", "dp_rank", b"dp_rank", "expected_cached_tokens", b"expected_cached_tokens", "freshness", b"freshness", "overlap", b"overlap", "prefill", b"prefill", "prompt_tokens", b"prompt_tokens", "request_id", b"request_id", "worker_id", b"worker_id", "worker_name", b"worker_name"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___RoutingData: _TypeAlias = RoutingData  # noqa: Y015
+
+@_typing.final
+class PrefillData(_message.Message):
+    """Who computed the prompt of a request to an endpoint with a prefill pool."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REMOTE_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    WORKER_ID_FIELD_NUMBER: _builtins.int
+    DP_RANK_FIELD_NUMBER: _builtins.int
+    WORKER_NAME_FIELD_NUMBER: _builtins.int
+    OVERLAP_FIELD_NUMBER: _builtins.int
+    EXPECTED_CACHED_TOKENS_FIELD_NUMBER: _builtins.int
+    remote: _builtins.bool
+    """True: a worker of the prefill pool did, and the worker of the stream fetched the result. False: the worker of the
+    stream did it itself.
+    """
+    reason: _builtins.str
+    """Why it was not done by the prefill pool; empty when it was. By choice: NOT_WORTHWHILE (conditional disaggregation
+    kept it), NOT_TRANSFERABLE (several answers, beam search or log-probabilities of the prompt). By failure, always
+    followed by the prompt being computed by the worker of the stream: NO_TRANSFER_PARAMS (the prefill worker gave
+    none: it runs without a KV connector), TRANSFER_FAILED (the result could not be fetched), or the `reason` of the
+    error that the prefill leg ended with, such as NO_WORKERS, UPSTREAM_UNAVAILABLE or UPSTREAM_TIMEOUT.
+    """
+    worker_id: _builtins.int
+    """The prefill worker that was asked; 0 when none was."""
+    dp_rank: _builtins.int
+    """Its data-parallel rank."""
+    worker_name: _builtins.str
+    """Its name; empty when none was asked."""
+    expected_cached_tokens: _builtins.int
+    """What it was expected to find in its cache, in tokens."""
+    @_builtins.property
+    def overlap(self) -> _common_pb2.Overlap:
+        """What it held of the prompt."""
+
+    def __init__(
+        self,
+        *,
+        remote: _builtins.bool = ...,
+        reason: _builtins.str = ...,
+        worker_id: _builtins.int = ...,
+        dp_rank: _builtins.int = ...,
+        worker_name: _builtins.str = ...,
+        overlap: _common_pb2.Overlap | None = ...,
+        expected_cached_tokens: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["overlap", b"overlap"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["dp_rank", b"dp_rank", "expected_cached_tokens", b"expected_cached_tokens", "overlap", b"overlap", "reason", b"reason", "remote", b"remote", "worker_id", b"worker_id", "worker_name", b"worker_name"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PrefillData: _TypeAlias = PrefillData  # noqa: Y015
 
 @_typing.final
 class GenerateResponse(_message.Message):

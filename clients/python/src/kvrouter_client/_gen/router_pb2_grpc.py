@@ -91,6 +91,10 @@ class KvRouterServicer:
         cancellation, deadline. A worker that fails before its first token is replaced by another one; after the first
         token the stream ends with ABORTED. Cancelling the call aborts the request in the engine.
 
+        On an endpoint with a prefill pool (`--router-prefill-endpoint`) the prompt is first computed by a worker of that
+        pool; when that fails, by the worker that generates. `RoutingData.prefill` says which it was. `allowed_worker_ids`
+        and `required_taints` hold for both workers.
+
         Status codes:
         * INVALID_ARGUMENT: the request breaks the contract, or the engine refused it (`reason` ENGINE_REJECTED).
         * NOT_FOUND: unknown endpoint, model, LoRA adapter or pinned worker.
