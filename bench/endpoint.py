@@ -102,7 +102,7 @@ class Endpoint:
         found = split(raw)
         if found is None:
             raise ValueError("no message")
-        tokens, rest, _ = found
+        tokens, rest = found
         message = router_pb2.BestWorkerIdRequest.FromString(rest)
         return self.router.best_worker(Prompt(tokens), _HINTS, model=message.model).target
 
@@ -113,11 +113,11 @@ class Endpoint:
         read, write, method = handler.request_deserializer, handler.response_serializer, handler.unary_unary
 
         def reply(raw: bytes) -> bytes:
-            step = method(read(raw), context)
+            step = method(read(raw) if read else raw, context)
             try:
                 step.send(None)
             except StopIteration as done:
-                written: bytes = write(done.value)
+                written: bytes = write(done.value) if write else done.value
                 return written
             raise AssertionError("a decision does not wait")
 

@@ -20,6 +20,7 @@ TESTS = [
     "tests/unit/test_kv_messages.py",
     "tests/unit/test_target_table.py",
     "tests/unit/test_decider.py",
+    "tests/unit/test_plain_requests.py",
     "tests/unit/test_kv_feed_twin.py",
     "tests/contract/test_event_captures.py",
     "tests/robustness/test_core_random.py",

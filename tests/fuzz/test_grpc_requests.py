@@ -14,7 +14,7 @@ from kvrouter_grpc.config import ServerConfig
 from kvrouter_grpc.errors import InvalidRequestError
 from kvrouter_grpc.server import duration
 from kvrouter_grpc.server.hints import read_hints, read_override
-from kvrouter_grpc.server.incoming import asked_reader
+from kvrouter_grpc.server.incoming import AskedReader
 from kvrouter_grpc.server.opaque_json import read_object
 from kvrouter_grpc.server.params import read_params
 from kvrouter_grpc.server.prompt import read_prompt
@@ -113,7 +113,7 @@ def read(request):
     if isinstance(request, router_pb2.GenerateRequest):
         params = read_params(request, violations)
         read_object("kv_transfer_params_json", request.kv_transfer_params_json, violations)
-    asked = asked_reader(type(request))(request.SerializeToString())
+    asked = AskedReader(type(request))(request.SerializeToString())
     read_prompt(asked, "", 16, CONFIG, violations, tokenizer=False)
     violations.raise_if_any()
     json.dumps(params, allow_nan=False)  # what is let through, an engine can be given

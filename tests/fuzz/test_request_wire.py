@@ -8,10 +8,13 @@ import random
 import struct
 from collections.abc import Iterator
 
+import pytest
 from google.protobuf.message import DecodeError
+from google.protobuf.unknown_fields import UnknownFieldSet
 
 from kvrouter_grpc._gen import router_pb2
-from kvrouter_grpc.server.incoming import Asked, Batch, Unreadable, asked_reader, batch_reader
+from kvrouter_grpc.core import read_plain
+from kvrouter_grpc.server.incoming import Asked, AskedReader, Batch, Unreadable, batch_reader
 
 REQUESTS = int(os.environ.get("KVROUTER_FUZZ_REQUESTS", "100000"))
 SEED = int(os.environ.get("KVROUTER_FUZZ_SEED", "20260101"))
@@ -19,6 +22,7 @@ SEED = int(os.environ.get("KVROUTER_FUZZ_SEED", "20260101"))
 KINDS = (router_pb2.GenerateRequest, router_pb2.BestWorkerIdRequest, router_pb2.GetOverlapScoresRequest)
 BATCH = router_pb2.BestWorkerIdBatchRequest
 MOST = 6
+READ_ONE = AskedReader(router_pb2.BestWorkerIdRequest)
 
 # Bytes that mean something on the wire: tags of field 1 with every wire type, ends of groups, long varints.
 TELLING = bytes.fromhex("0008090a0b0c0d1213141a1b1c72757f80818aff")
@@ -127,7 +131,7 @@ def read(asked: Asked | Unreadable):
 
 
 def test_a_request_says_what_protobuf_says() -> None:
-    readers = {kind: asked_reader(kind) for kind in KINDS}
+    readers = {kind: AskedReader(kind) for kind in KINDS}
     good = with_ids = 0
     for rng, data in messages(REQUESTS, SEED):
         kind = rng.choice(KINDS)
@@ -139,8 +143,62 @@ def test_a_request_says_what_protobuf_says() -> None:
     assert with_ids > REQUESTS // 8
 
 
+PLAIN = {"token_ids", "endpoint", "model", "request_id"}
+
+
+def right(message) -> bool:
+    """Whether nothing is wrong with a request that has plain fields only."""
+    name = message.request_id
+    return (
+        0 < len(message.token_ids) <= 9
+        and max(message.token_ids) < 2**31
+        and len(message.model.encode()) <= 256
+        and (not name or (name.isascii() and name.isprintable() and " " not in name and len(name) <= 256))
+    )
+
+
+def test_a_plain_request_says_what_protobuf_says() -> None:
+    kind = router_pb2.BestWorkerIdRequest
+    texts = ("", "a", "é€", "two words", "x" * 256, "x" * 257)
+    taken = left = 0
+    for rng, data in messages(REQUESTS // 2, SEED + 3):
+        if rng.random() < 0.3:  # nothing but plain fields, now and then wrong ones
+            ids = [rng.choice((0, 7, 2**31 - 1, 2**31)) for _ in range(rng.choice((0, 1, 9, 10)))]
+            made = kind(
+                token_ids=ids, endpoint=rng.choice(texts), model=rng.choice(texts), request_id=rng.choice(texts)
+            )
+            data = made.SerializeToString()  # noqa: PLW2901
+            assert (read_plain(data, 9, 2**31) is not None) == right(made), data.hex()
+        before, after = rng.randbytes(rng.randrange(4)), rng.randbytes(rng.randrange(4))
+        found = read_plain(before + data + after, 9, 2**31, len(before), len(before) + len(data))
+        if found is None:
+            left += 1
+            continue
+        tokens, endpoint, model = found
+        message = kind.FromString(data)
+        assert (tokens.tolist(), endpoint, model) == (list(message.token_ids), message.endpoint, message.model)
+        assert right(message)
+        assert {field.name for field, _ in message.ListFields()} <= PLAIN
+        assert not UnknownFieldSet(message)
+        taken += 1
+    assert taken > REQUESTS // 100
+    assert left > REQUESTS // 100
+
+
+def test_parts_that_are_not_there_are_refused() -> None:
+    for start, stop in ((-1, 2), (3, 2), (0, 5), (5, -1)):
+        with pytest.raises(ValueError, match="no part"):
+            read_plain(b"1234", 1, 1, start, stop)
+        with pytest.raises(ValueError, match="no part"):
+            READ_ONE(b"1234", start, stop)
+
+
+def requests_of(batch: Batch) -> list[Asked | Unreadable]:
+    return [READ_ONE(batch.data, start, stop) for start, stop in batch.spans]
+
+
 def test_a_batch_says_what_protobuf_says_of_each_request() -> None:
-    reader = batch_reader(router_pb2.BestWorkerIdRequest, MOST)
+    reader = batch_reader(MOST)
     good = beyond = 0
     for rng, _ in messages(REQUESTS // 10, SEED + 1):
         requests = [request(rng) for _ in range(rng.randrange(MOST + 3))]
@@ -156,10 +214,10 @@ def test_a_batch_says_what_protobuf_says_of_each_request() -> None:
             assert parsed(BATCH, data) is None, data.hex()
             continue
         assert batch.total == len(requests)
-        assert [read(each) for each in batch.requests] == [
+        assert [read(each) for each in requests_of(batch)] == [
             parsed(router_pb2.BestWorkerIdRequest, each) for each in requests[:MOST]
         ], data.hex()
-        if all(not isinstance(each, Unreadable) for each in batch.requests) and batch.total <= MOST:
+        if all(not isinstance(each, Unreadable) for each in requests_of(batch)) and batch.total <= MOST:
             assert len(BATCH.FromString(data).requests) == batch.total
             good += 1
         beyond += batch.total > MOST
@@ -168,12 +226,12 @@ def test_a_batch_says_what_protobuf_says_of_each_request() -> None:
 
 
 def test_bytes_that_are_no_batch_are_refused_as_protobuf_does() -> None:
-    reader = batch_reader(router_pb2.BestWorkerIdRequest, MOST)
+    reader = batch_reader(MOST)
     refused = 0
     for rng, data in messages(REQUESTS // 10, SEED + 2):
         broken = mutated(rng, tag(rng, 1, 2) + sized(rng, data))
         batch = reader(broken)
-        whole = not isinstance(batch, Unreadable) and all(isinstance(each, Asked) for each in batch.requests)
+        whole = not isinstance(batch, Unreadable) and all(isinstance(each, Asked) for each in requests_of(batch))
         if isinstance(batch, Batch) and batch.total > MOST:
             continue
         try:

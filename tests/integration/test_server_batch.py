@@ -93,17 +93,18 @@ async def test_reservations_of_a_batch_see_each_other():
         assert rig.in_flight() == 0
 
 
-async def test_a_defect_in_one_request_stays_inside_it(monkeypatch):
+@pytest.mark.parametrize(("method", "asks"), [("choose", {}), ("best_worker", {"cache_salt": "tenant"})])
+async def test_a_defect_in_one_request_stays_inside_it(monkeypatch, method, asks):
     async with serving(Worker()) as rig:
-        decide = rig.router.best_worker
+        decide = getattr(rig.router, method)
 
-        def breaks(prompt, *args, **options):
-            if len(prompt.tokens) == 16:
+        def breaks(asked, *args, **options):
+            if len(getattr(asked, "tokens", asked)) == 16:
                 raise RuntimeError("secret")
-            return decide(prompt, *args, **options)
+            return decide(asked, *args, **options)
 
-        monkeypatch.setattr(rig.router, "best_worker", breaks)
-        reply = await rig.stub.BestWorkerIdBatch(batch(best(), best(token_ids=prompt(1)), best()))
+        monkeypatch.setattr(rig.router, method, breaks)
+        reply = await rig.stub.BestWorkerIdBatch(batch(best(**asks), best(token_ids=prompt(1), **asks), best(**asks)))
         assert [result.WhichOneof("result") for result in reply.results] == ["response", "status", "response"]
         assert reply.results[1].status.code == StatusCode.INTERNAL.value[0]
         assert b"secret" not in reply.SerializeToString()

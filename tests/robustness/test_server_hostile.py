@@ -64,13 +64,18 @@ def assert_says_nothing(error: grpc.aio.AioRpcError) -> str:
     return trailing["grpc-status-details-bin"].decode(errors="replace")
 
 
-@pytest.mark.parametrize("method", ["best_worker", "lease", "overlap_scores", "free", "mark_prefill_complete", "load"])
+@pytest.mark.parametrize(
+    "method", ["choose", "best_worker", "lease", "overlap_scores", "free", "mark_prefill_complete", "load"]
+)
 async def test_the_text_of_an_exception_stays_inside_unary_calls(method, monkeypatch):
     async with serving(Worker()) as rig:
         monkeypatch.setattr(rig.router, method, canary)
         named = {"request_id": "find-me"}
         calls = {
-            "best_worker": rig.stub.BestWorkerId(router_pb2.BestWorkerIdRequest(token_ids=PROMPT, **named)),
+            "choose": rig.stub.BestWorkerId(router_pb2.BestWorkerIdRequest(token_ids=PROMPT, **named)),
+            "best_worker": rig.stub.BestWorkerId(
+                router_pb2.BestWorkerIdRequest(token_ids=PROMPT, cache_salt="tenant", **named)
+            ),
             "lease": rig.stub.BestWorkerId(router_pb2.BestWorkerIdRequest(token_ids=PROMPT, reserve=True, **named)),
             "overlap_scores": rig.stub.GetOverlapScores(router_pb2.GetOverlapScoresRequest(token_ids=PROMPT)),
             "free": rig.stub.Free(router_pb2.FreeRequest(**named)),

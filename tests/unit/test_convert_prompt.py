@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from kvrouter_grpc._gen import common_pb2, router_pb2
 from kvrouter_grpc.config import ServerConfig
 from kvrouter_grpc.errors import InvalidRequestError
-from kvrouter_grpc.server.incoming import asked_reader
+from kvrouter_grpc.server.incoming import AskedReader
 from kvrouter_grpc.server.prompt import read_prompt
 from kvrouter_grpc.server.violations import Violations
 
@@ -24,7 +24,7 @@ def found(violations: Violations) -> dict[str, str]:
 
 def asked(message):
     """A message as it comes in."""
-    return asked_reader(type(message))(message.SerializeToString())
+    return AskedReader(type(message))(message.SerializeToString())
 
 
 def prompt_of(config=CONFIG, block_size=2, tokenizer=False, adapter="", **fields):

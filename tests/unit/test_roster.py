@@ -27,7 +27,7 @@ class Rig:
 
     def who(self, model="", hints=FREE, tried=()):
         rows = self.roster.eligible(model, hints, tried)
-        return [(worker.spec.name, target.dp_rank) for worker, target in map(self.roster.seat, rows)]
+        return [(seat.worker.spec.name, seat.target.dp_rank) for seat in map(self.roster.seat, rows)]
 
     def why(self, model="", hints=FREE, tried=()):
         return {

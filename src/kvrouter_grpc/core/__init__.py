@@ -5,7 +5,8 @@ try:
     from kvrouter_grpc.core.decider import Choice, Decider, Policy
     from kvrouter_grpc.core.kv_feed import Applied, BatchError, KvFeed
     from kvrouter_grpc.core.radix_tree import RadixTree
-    from kvrouter_grpc.core.request_wire import split, split_batch
+    from kvrouter_grpc.core.reply_wire import best_worker_head, best_worker_reply, delimited
+    from kvrouter_grpc.core.request_wire import entries, read_plain, split
     from kvrouter_grpc.core.target_table import TargetTable
     from kvrouter_grpc.core.token_ids import TokenIds, json_array
 except ModuleNotFoundError as error:
@@ -21,12 +22,16 @@ __all__ = [
     "RadixTree",
     "TargetTable",
     "TokenIds",
+    "best_worker_head",
+    "best_worker_reply",
+    "delimited",
+    "entries",
     "hash_blocks",
     "hash_bytes",
     "hash_sequence",
     "json_array",
+    "read_plain",
     "seed_for",
     "sequence_hashes",
     "split",
-    "split_batch",
 ]

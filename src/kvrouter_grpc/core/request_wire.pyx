@@ -7,6 +7,7 @@ The encoding: https://protobuf.dev/programming-guides/encoding/
 """
 
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
+from cpython.unicode cimport PyUnicode_DecodeUTF8
 from libc.stdint cimport uint32_t, uint64_t
 from libc.string cimport memcpy
 
@@ -21,6 +22,9 @@ cdef enum:  # wire types
     START_GROUP = 3
     END_GROUP = 4
     FIXED32 = 5
+
+cdef enum:
+    MAX_NAME = 256  # bytes of a model's name or of a request id in a plain request
 
 cdef enum:
     # As protobuf's parser has them.
@@ -38,7 +42,6 @@ cdef struct Field:
 
 
 cdef struct Contents:
-    uint64_t fields  # bit n: field n is there; bit 0: one beyond 63
     size_t ids  # in bytes, as the next
     size_t rest
     uint32_t id_spans
@@ -135,7 +138,7 @@ cdef bint measure(Place place, Place end, Contents* found) noexcept nogil:
     """Counts what belongs to field 1 and what does not; False when they are no message."""
     cdef Field field
     cdef bint after_rest = False
-    found[0] = Contents(0, 0, 0, 0, 0, NULL, NULL)
+    found[0] = Contents(0, 0, 0, 0, NULL, NULL)
     while place < end:
         if not next_field(place, end, &field):
             return False
@@ -153,7 +156,6 @@ cdef bint measure(Place place, Place end, Contents* found) noexcept nogil:
                     found.first_rest = place
                 found.rest_spans += 1
             found.rest += <size_t>(field.end - place)
-            found.fields |= <uint64_t>1 << (field.tag >> 3 if field.tag >> 3 < 64 else 0)
             after_rest = True
         place = field.end
     return True
@@ -178,9 +180,23 @@ cdef void gather(
         place = field.end
 
 
-cdef tuple split_span(bytes message, Place place, Place end):
-    """Splits the request that lies in `message` from `place` to `end`."""
+cdef inline Place part(bytes message, Py_ssize_t start, Py_ssize_t stop, Place* end) except NULL:
+    """Where the part of a message begins; `end` is where it ends."""
+    cdef Py_ssize_t size = PyBytes_GET_SIZE(message)
+    cdef Place place = <Place>PyBytes_AS_STRING(message)
+    if stop < 0:
+        stop = size
+    if not 0 <= start <= stop <= size:
+        raise ValueError(f"no part of a message of {size} bytes: {start} to {stop}")
+    end[0] = place + stop
+    return place + start
+
+
+def split(bytes message not None, Py_ssize_t start=0, Py_ssize_t stop=-1):
+    """The token ids and all else of a request; see `request_wire.pyi`."""
     cdef Contents found
+    cdef Place end
+    cdef Place place = part(message, start, stop, &end)
     cdef bytes ids = message
     cdef bytes rest = b""
     cdef unsigned char* ids_copy = NULL
@@ -197,20 +213,15 @@ cdef tuple split_span(bytes message, Place place, Place end):
         rest_copy = <unsigned char*>PyBytes_AS_STRING(rest)
     if ids_copy != NULL or rest_copy != NULL:
         gather(place, end, ids_copy, rest_copy)
-    return token_ids_in(ids, found.first_ids, <Py_ssize_t>(found.ids // sizeof(uint32_t))), rest, found.fields
+    return token_ids_in(ids, found.first_ids, <Py_ssize_t>(found.ids // sizeof(uint32_t))), rest
 
 
-def split(bytes message not None):
-    """The token ids and all else of a request; see `request_wire.pyi`."""
+def entries(bytes message not None, size_t most):
+    """Where the requests of a batch lie; see `request_wire.pyi`."""
     cdef Place start = <Place>PyBytes_AS_STRING(message)
-    return split_span(message, start, start + PyBytes_GET_SIZE(message))
-
-
-def split_batch(bytes message not None, size_t most):
-    """The requests of a batch, each split; see `request_wire.pyi`."""
-    cdef Place place = <Place>PyBytes_AS_STRING(message)
-    cdef Place end = place + PyBytes_GET_SIZE(message)
-    cdef list requests = []
+    cdef Place place = start
+    cdef Place end = start + PyBytes_GET_SIZE(message)
+    cdef list spans = []
     cdef size_t count = 0
     cdef Field field
     while place < end:
@@ -219,6 +230,75 @@ def split_batch(bytes message not None, size_t most):
         if field.tag == (1 << 3 | LEN):
             count += 1
             if count <= most:
-                requests.append(split_span(message, field.content, field.end))
+                spans.append((field.content - start, field.end - start))
         place = field.end
-    return requests, count
+    return spans, count
+
+
+# --- plain requests --------------------------------------------------------------------------------------------------
+
+
+cdef enum:  # of a `BestWorkerIdRequest`
+    TOKEN_IDS = 1
+    ENDPOINT = 3
+    MODEL = 4
+    REQUEST_ID = 5
+    PLAIN_FIELDS = 6  # their end
+
+
+cdef inline bint find_plain(Place place, Place end, Field* found) noexcept nogil:
+    """Finds the fields of a plain request; False when it has another one, or one of them twice."""
+    cdef Field field
+    cdef uint32_t number
+    for number in range(<uint32_t>PLAIN_FIELDS):
+        found[number].content = found[number].end = NULL
+    while place < end:
+        if not next_field(place, end, &field):
+            return False
+        number = field.tag >> 3
+        if field.tag & 7 != LEN or number >= PLAIN_FIELDS or number == 2 or found[number].content != NULL:
+            return False
+        found[number] = field
+        place = field.end
+    return True
+
+
+cdef inline bint is_request_id(const Field* field) noexcept nogil:
+    """Whether a request can be called so: printable ASCII without spaces. One that is left out is right too."""
+    cdef Place place = field.content
+    if field.end - place > MAX_NAME:
+        return False
+    while place < field.end:
+        if not 0x21 <= place[0] <= 0x7E:
+            return False
+        place += 1
+    return True
+
+
+cdef inline str text(const Field* field):
+    if field.end == field.content:
+        return ""
+    return PyUnicode_DecodeUTF8(<const char*>field.content, field.end - field.content, NULL)
+
+
+def read_plain(bytes message not None, Py_ssize_t most, uint32_t token_end, Py_ssize_t start=0, Py_ssize_t stop=-1):
+    """What a plain request asks; see `request_wire.pyi`."""
+    cdef Field found[PLAIN_FIELDS]
+    cdef Field* ids = &found[TOKEN_IDS]
+    cdef TokenIds tokens
+    cdef Place end
+    cdef Place place = part(message, start, stop, &end)
+    if (
+        not find_plain(place, end, found)
+        or (ids.end - ids.content) % <Py_ssize_t>sizeof(uint32_t)
+        or found[MODEL].end - found[MODEL].content > MAX_NAME
+        or not is_request_id(&found[REQUEST_ID])
+    ):
+        return None
+    tokens = token_ids_in(message, ids.content, (ids.end - ids.content) // <Py_ssize_t>sizeof(uint32_t))
+    if not tokens.fit(most, token_end):
+        return None
+    try:
+        return tokens, text(&found[ENDPOINT]), text(&found[MODEL])
+    except UnicodeDecodeError:
+        return None

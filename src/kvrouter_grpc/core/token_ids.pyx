@@ -96,7 +96,7 @@ cdef class TokenIds:
         view.suboffsets = NULL
         view.internal = NULL
 
-    def fit(self, Py_ssize_t most, uint32_t end):
+    cpdef bint fit(self, Py_ssize_t most, uint32_t end) noexcept:
         """Whether there are 1 to `most` ids, all below `end`."""
         return 0 < self.count <= most and not any_at_least(self.data, <size_t>self.count, end)
 

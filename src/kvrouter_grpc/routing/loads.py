@@ -181,7 +181,9 @@ class LoadTable:
             heapq.heapify(self._deadlines)
 
     def expire(self) -> None:
-        """Release every lease that is past its time. Called before each decision; costs nothing when none is due."""
+        """Release every lease that is past its time. Called before each decision; costs little when none is due."""
+        if not self._deadlines:
+            return
         now = self.clock()
         while self._deadlines and self._deadlines[0][0] <= now:
             _, _, lease = heapq.heappop(self._deadlines)

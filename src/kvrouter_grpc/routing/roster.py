@@ -3,9 +3,9 @@
 from array import array
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
-from kvrouter_grpc.core import TargetTable
+from kvrouter_grpc.core import TargetTable, seed_for
 from kvrouter_grpc.errors import UnknownModelError
 from kvrouter_grpc.routing import candidates
 from kvrouter_grpc.routing.workers import Worker, WorkerRegistry
@@ -20,17 +20,38 @@ MOST_NAMES = 256
 NO_ROW = "starting: its ranks are not set up yet"
 
 
+@dataclass(slots=True, eq=False)
+class Seat:
+    """Whose row it is, until something about the workers changes.
+
+    Attributes:
+        reply_head: Kept here for whoever writes replies that name it; "" until then.
+    """
+
+    worker: Worker
+    target: Target
+    reply_head: bytes = b""
+
+
+class Lane(NamedTuple):
+    """What prompts for one model are decided by that ask for nothing else."""
+
+    rows: "array[int]"  # that may be chosen
+    seed: int  # of the block hashes
+
+
 @dataclass(slots=True)
 class _Picture:
     """What was worked out of one state of the registry and the table."""
 
     versions: tuple[int, int]
     workers: list[Worker]  # by name
-    seats: dict[int, tuple[Worker, Target]]  # by row
+    seats: dict[int, Seat]  # by row
     role: Role
     loras: frozenset[str]  # adapters that somebody serves
     eligible: dict[str, "array[int]"] = field(default_factory=dict)  # by model
     models: dict[tuple[str, str], str] = field(default_factory=dict)
+    lanes: dict[str, Lane] = field(default_factory=dict)  # by model as it is asked for
 
 
 class Roster:
@@ -60,9 +81,20 @@ class Roster:
         """Whether somebody serves `model` as an adapter."""
         return model in self._picture().loras
 
-    def seat(self, row: int) -> tuple[Worker, Target]:
-        """Whose row it is, as of the last `eligible`."""
+    def seat(self, row: int) -> Seat:
+        """Whose row it is, as of the last `eligible` or `lane`."""
         return self._last.seats[row]
+
+    def lane(self, model: str) -> Lane:
+        """What prompts for `model` are decided by that ask for nothing else. Raises as `eligible` and `model_for`."""
+        picture = self._picture()
+        lane = picture.lanes.get(model)
+        if lane is None:
+            adapter = model if model in picture.loras else ""
+            rows = self.eligible(self.model_for(model, adapter), RoutingHints(), ())
+            lane = Lane(rows, seed_for(adapter, ""))
+            _keep(picture.lanes, model, lane)
+        return lane
 
     def eligible(self, model: str, hints: RoutingHints, tried: Collection[Target]) -> "array[int]":
         """Rows of the targets that may take the request, by name and rank; see `candidates.why_not`.
@@ -131,7 +163,7 @@ class Roster:
             for target in worker.targets:
                 row = self._table.row(target)
                 if row is not None:
-                    seats[row] = worker, target
+                    seats[row] = Seat(worker, target)
                     self._table.set_total_blocks(row, worker.spec.total_kv_blocks or 0)
         roles = {worker.spec.role for worker in workers}
         role = roles.pop() if len(roles) == 1 else Role.BOTH

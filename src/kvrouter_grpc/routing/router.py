@@ -7,15 +7,15 @@ from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 
 from kvrouter_grpc.config import RouterConfig
-from kvrouter_grpc.core import Choice, Decider, seed_for
-from kvrouter_grpc.errors import NotReadyError
+from kvrouter_grpc.core import Choice, Decider, TokenIds, seed_for
+from kvrouter_grpc.errors import NotReadyError, RouterError
 from kvrouter_grpc.routing import candidates
 from kvrouter_grpc.routing.cost import credit_blocks
 from kvrouter_grpc.routing.forecast import Forecast, Prediction
 from kvrouter_grpc.routing.index import KvIndex
 from kvrouter_grpc.routing.loads import Booking, Lease, LoadTable, TargetLoad
 from kvrouter_grpc.routing.plan import Plan
-from kvrouter_grpc.routing.roster import Roster
+from kvrouter_grpc.routing.roster import Roster, Seat
 from kvrouter_grpc.routing.workers import Worker, WorkerRegistry
 from kvrouter_grpc.types import (
     Candidate,
@@ -155,6 +155,23 @@ class Router:
         """
         return self._decide(prompt, hints, self._plan_for(hints), model, explain, exclude)
 
+    def choose(self, tokens: TokenIds, model: str) -> tuple[Seat, Choice, tuple[int, int, int]]:
+        """As `best_worker`, for a prompt for which nothing else is asked; the short way for callers at a high rate.
+
+        Returns:
+            The target, the decision, and the load of the target: active requests, queued prefill tokens and active
+            blocks.
+
+        Raises:
+            RouterError: As `best_worker` and `model_for`.
+        """
+        self.loads.expire()
+        rows, seed = self._roster.lane(model)
+        if not rows:
+            raise self._nobody(model, RoutingHints(), ())
+        choice = self._decider.decide(tokens, seed, None, self._plan.policy, rows, None, 0, self._turn, False)
+        return self._roster.seat(choice.row), choice, self.index.targets.load(choice.row)
+
     def lease(
         self,
         request_id: str,
@@ -279,7 +296,7 @@ class Router:
         self.loads.expire()
         rows = self._roster.eligible(model, hints, exclude)
         if not rows:
-            raise candidates.none_eligible(self.endpoint, list(self._roster.drops(model, hints, exclude)), hints)
+            raise self._nobody(model, hints, exclude)
         choice = self._decider.decide(
             prompt.tokens,
             seed_for(prompt.lora_name, prompt.cache_salt),
@@ -291,12 +308,12 @@ class Router:
             self._turn,
             explain,
         )
-        worker, target = self._roster.seat(choice.row)
+        seat = self._roster.seat(choice.row)
         block_size = self.index.block_size
         return Decision(
-            target,
-            worker.spec.name,
-            worker.spec.url,
+            seat.target,
+            seat.worker.spec.name,
+            seat.worker.spec.url,
             Overlap._make(choice.tiers),
             block_size,
             len(prompt.tokens),
@@ -307,10 +324,13 @@ class Router:
             self._explained(choice, plan, self._roster.drops(model, hints, exclude)) if explain else (),
         )
 
+    def _nobody(self, model: str, hints: RoutingHints, exclude: Collection[Target]) -> RouterError:
+        return candidates.none_eligible(self.endpoint, list(self._roster.drops(model, hints, exclude)), hints)
+
     def _preferences(self, rows: "array[int]", hints: RoutingHints) -> "array[float]":
         preferred = hints.preferred_taints
         return array(
-            "d", [sum(preferred.get(taint, 0.0) for taint in self._roster.seat(row)[0].spec.taints) for row in rows]
+            "d", [sum(preferred.get(taint, 0.0) for taint in self._roster.seat(row).worker.spec.taints) for row in rows]
         )
 
     def _explained(
@@ -319,9 +339,10 @@ class Router:
         """Every target, cheapest first, those that were not eligible last."""
         scored = []
         for seen in choice.candidates or ():
-            worker, target = self._roster.seat(seen.row)
+            seat = self._roster.seat(seen.row)
             terms = dict(zip(plan.terms, seen.terms or (), strict=True))
-            scored.append(Candidate(target, worker.spec.name, Overlap._make(seen.tiers), seen.cost, terms))
+            overlap = Overlap._make(seen.tiers)
+            scored.append(Candidate(seat.target, seat.worker.spec.name, overlap, seen.cost, terms))
         scored.sort(key=lambda candidate: (candidate.cost or 0.0, candidate.target))
         dropped = [Candidate(target, worker.spec.name, Overlap(), None, {}, reason) for worker, target, reason in drops]
         return (*scored, *dropped)

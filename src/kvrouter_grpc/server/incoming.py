@@ -9,15 +9,11 @@ from typing import Any, Generic, NamedTuple, TypeVar
 
 from google.protobuf.message import DecodeError, Message
 
-from kvrouter_grpc.core import TokenIds, split, split_batch
+from kvrouter_grpc.core import TokenIds, entries, split
 from kvrouter_grpc.errors import InvalidRequestError
 
 M = TypeVar("M", bound=Message)
 R = TypeVar("R")
-
-
-PLAIN = ("endpoint", "model", "request_id")
-"""Fields beside the token ids that nearly every request has, and few have others."""
 
 
 class Unreadable:
@@ -32,13 +28,13 @@ class Asked(NamedTuple, Generic[M]):
 
     message: M
     token_ids: TokenIds
-    plain: bool  # no field came but those of `PLAIN`
 
 
-class Batch(NamedTuple, Generic[M]):
-    """Requests that came together: the first so many, and how many there were."""
+class Batch(NamedTuple):
+    """Requests that came together, as bytes: where the first so many lie in `data`, and how many there were."""
 
-    requests: "list[Asked[M] | Unreadable]"
+    data: bytes
+    spans: list[tuple[int, int]]
     total: int
 
 
@@ -54,47 +50,37 @@ def reader(parse: Callable[[bytes], Any]) -> Callable[[bytes], Any]:
     return read
 
 
-def asked_reader(kind: type[M]) -> Callable[[bytes], Asked[M] | Unreadable]:
-    """The deserializer of a message whose field 1 is the prompt's token ids."""
-    asked = _asker(kind)
+class AskedReader(Generic[M]):
+    """The deserializer of a message whose field 1 is the prompt's token ids.
 
-    def read(data: bytes) -> Asked[M] | Unreadable:
-        return asked(split(data))
+    Args:
+        kind: The message.
+    """
 
-    return read
+    def __init__(self, kind: type[M]) -> None:
+        self._parse = kind.FromString
+        self._nothing = kind()  # shared by all requests with nothing but token ids: requests are only read
 
-
-def batch_reader(kind: type[M], most: int) -> Callable[[bytes], Batch[M] | Unreadable]:
-    """The deserializer of a message whose field 1 is repeated and holds such messages; reads the first `most`."""
-    asked = _asker(kind)
-
-    def read(data: bytes) -> Batch[M] | Unreadable:
-        parts = split_batch(data, most)
+    def __call__(self, data: bytes, start: int = 0, stop: int = -1) -> Asked[M] | Unreadable:
+        """Read the message that lies in `data` from `start` to `stop` (-1: to its end)."""
+        parts = split(data, start, stop)
         if parts is None:
             return _UNREADABLE
-        requests, total = parts
-        return Batch([asked(request) for request in requests], total)
-
-    return read
-
-
-def _asker(kind: type[M]) -> Callable[[tuple[TokenIds, bytes, int] | None], Asked[M] | Unreadable]:
-    """What makes requests of the parts that `split` gives."""
-    numbers = kind.DESCRIPTOR.fields_by_name
-    beyond_plain = ~sum(1 << numbers[name].number for name in PLAIN if name in numbers)
-    nothing = kind()  # shared by all requests with nothing but token ids: requests are only read
-
-    def asked(parts: tuple[TokenIds, bytes, int] | None) -> Asked[M] | Unreadable:
-        if parts is None:
-            return _UNREADABLE
-        token_ids, rest, fields = parts
+        token_ids, rest = parts
         try:
-            message = kind.FromString(rest) if rest else nothing
+            return Asked(self._parse(rest) if rest else self._nothing, token_ids)
         except DecodeError:
             return _UNREADABLE
-        return Asked(message, token_ids, not fields & beyond_plain)
 
-    return asked
+
+def batch_reader(most: int) -> Callable[[bytes], Batch | Unreadable]:
+    """The deserializer of a message whose field 1 is repeated and holds requests; finds the first `most`."""
+
+    def read(data: bytes) -> Batch | Unreadable:
+        found = entries(data, most)
+        return _UNREADABLE if found is None else Batch(data, *found)
+
+    return read
 
 
 def readable(request: R | Unreadable) -> R:

@@ -42,7 +42,7 @@ def read_prompt(
         violations: Takes what is wrong.
         tokenizer: Whether prompts may be given as text. The tokens of such a prompt are empty.
     """
-    request, tokens, _ = asked
+    request, tokens = asked
     violations.check_text("lora_name", request.lora_name, MAX_NAME)
     violations.check_text("cache_salt", request.cache_salt, MAX_SALT)
     if request.text:

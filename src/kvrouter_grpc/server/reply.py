@@ -5,7 +5,9 @@ from collections.abc import Iterable, Sequence
 import msgspec
 
 from kvrouter_grpc._gen import common_pb2, router_pb2
+from kvrouter_grpc.core import best_worker_head
 from kvrouter_grpc.routing.loads import TargetLoad
+from kvrouter_grpc.routing.roster import Seat
 from kvrouter_grpc.routing.router import OverlapScores
 from kvrouter_grpc.types import Candidate, Decision, EngineChunk, Overlap, TokenLogprob
 from kvrouter_grpc.upstream.prefill_leg import Handover
@@ -72,6 +74,13 @@ def write_best_worker(message: router_pb2.BestWorkerIdResponse, decision: Decisi
     booked.active_blocks = load.active_blocks
     if decision.candidates:
         message.candidates.extend(map(candidate_message, decision.candidates))
+
+
+def write_head(seat: Seat) -> bytes:
+    """Write the part of a plain reply that names the target, and keep it where the next one finds it."""
+    spec = seat.worker.spec
+    seat.reply_head = best_worker_head(seat.target.worker_id, seat.target.dp_rank, spec.name, spec.url)
+    return seat.reply_head
 
 
 def _write_overlap(message: common_pb2.Overlap, overlap: Overlap) -> int:

@@ -9,25 +9,31 @@ import grpc
 
 from kvrouter_grpc._gen import router_pb2
 from kvrouter_grpc.config import ServerConfig
-from kvrouter_grpc.errors import DrainingError, InvalidRequestError
+from kvrouter_grpc.core import best_worker_reply, delimited, read_plain
+from kvrouter_grpc.errors import DrainingError, InvalidRequestError, RouterError
 from kvrouter_grpc.routing.router import Router
 from kvrouter_grpc.server import duration
 from kvrouter_grpc.server.boundary import (
     Context,
     Handler,
     check_request_id,
-    is_request_id,
     judge,
     name_call,
     request_id_for,
 )
 from kvrouter_grpc.server.endpoints import Endpoints
-from kvrouter_grpc.server.hints import NO_HINTS, read_hints, read_override
-from kvrouter_grpc.server.incoming import Asked, Batch, Unreadable, asked_reader, batch_reader, readable, reader
+from kvrouter_grpc.server.hints import read_hints, read_override
+from kvrouter_grpc.server.incoming import Asked, AskedReader, Batch, Unreadable, batch_reader, readable, reader
 from kvrouter_grpc.server.opaque_json import read_object
 from kvrouter_grpc.server.params import read_params
 from kvrouter_grpc.server.prompt import MAX_NAME, AskedPrompt, read_prompt, token_end, too_long
-from kvrouter_grpc.server.reply import AnswerWriter, overlap_scores_reply, write_best_worker, write_routing_data
+from kvrouter_grpc.server.reply import (
+    AnswerWriter,
+    overlap_scores_reply,
+    write_best_worker,
+    write_head,
+    write_routing_data,
+)
 from kvrouter_grpc.server.tokenizer import Tokenizer
 from kvrouter_grpc.server.violations import Violations
 from kvrouter_grpc.types import EngineRequest, Prompt
@@ -38,8 +44,9 @@ MAX_BATCH = 1024
 SLICE_S = 0.001
 """How long a batch is worked on before others get their turn."""
 
-AskedBest = Asked[router_pb2.BestWorkerIdRequest]
-BestBatch = Batch[router_pb2.BestWorkerIdRequest]
+RESULTS = router_pb2.BestWorkerIdBatchResponse.RESULTS_FIELD_NUMBER
+RESPONSE = router_pb2.BestWorkerIdResult.RESPONSE_FIELD_NUMBER
+STATUS = router_pb2.BestWorkerIdResult.STATUS_FIELD_NUMBER
 
 
 class RouterService:
@@ -64,29 +71,24 @@ class RouterService:
         self._relay = relay
         self._tokenizer = tokenizer
         self._token_end = token_end(config)
+        self._read_best = AskedReader(router_pb2.BestWorkerIdRequest)
         self._draining = False
         self._idle: set[asyncio.Timeout] = set()  # of the streams that wait for their next batch
 
     def handlers(self) -> Mapping[str, Handler]:
         """The methods by their names in the contract, with what reads and writes their messages."""
-        one = asked_reader(router_pb2.BestWorkerIdRequest)
-        many = batch_reader(router_pb2.BestWorkerIdRequest, MAX_BATCH)
+        many = batch_reader(MAX_BATCH)
         return {
             "Generate": grpc.unary_stream_rpc_method_handler(
-                self.generate, asked_reader(router_pb2.GenerateRequest), router_pb2.GenerateResponse.SerializeToString
+                self.generate, AskedReader(router_pb2.GenerateRequest), router_pb2.GenerateResponse.SerializeToString
             ),
-            "BestWorkerId": grpc.unary_unary_rpc_method_handler(
-                self.best_worker_id, one, router_pb2.BestWorkerIdResponse.SerializeToString
-            ),
-            "BestWorkerIdBatch": grpc.unary_unary_rpc_method_handler(
-                self.best_worker_id_batch, many, router_pb2.BestWorkerIdBatchResponse.SerializeToString
-            ),
-            "BestWorkerIdStream": grpc.stream_stream_rpc_method_handler(
-                self.best_worker_id_stream, many, router_pb2.BestWorkerIdStreamResponse.SerializeToString
-            ),
+            # These write their replies themselves, and the first reads its request.
+            "BestWorkerId": grpc.unary_unary_rpc_method_handler(self.best_worker_id),
+            "BestWorkerIdBatch": grpc.unary_unary_rpc_method_handler(self.best_worker_id_batch, many),
+            "BestWorkerIdStream": grpc.stream_stream_rpc_method_handler(self.best_worker_id_stream, many),
             "GetOverlapScores": grpc.unary_unary_rpc_method_handler(
                 self.get_overlap_scores,
-                asked_reader(router_pb2.GetOverlapScoresRequest),
+                AskedReader(router_pb2.GetOverlapScoresRequest),
                 router_pb2.GetOverlapScoresResponse.SerializeToString,
             ),
             "MarkPrefillComplete": grpc.unary_unary_rpc_method_handler(
@@ -149,28 +151,25 @@ class RouterService:
                 for message in messages:
                     yield message
 
-    async def best_worker_id(self, asked: AskedBest, _context: Context) -> router_pb2.BestWorkerIdResponse:
+    async def best_worker_id(self, data: bytes, _context: Context) -> bytes:
         """Decide one."""
-        reply = router_pb2.BestWorkerIdResponse()
-        if not self._decide_plain(asked, reply):
-            await self._decide(asked, reply)
-        return reply
+        try:
+            return self._decide_plain(data) or await self._decide(readable(self._read_best(data)))
+        except Exception:
+            name_call(self._given_id(data))
+            raise
 
-    async def best_worker_id_batch(self, batch: BestBatch, _context: Context) -> router_pb2.BestWorkerIdBatchResponse:
+    async def best_worker_id_batch(self, batch: Batch, _context: Context) -> bytes:
         """Decide many."""
         self._refuse_when_draining()
-        reply = router_pb2.BestWorkerIdBatchResponse()
-        await self._decide_all(batch, reply)
-        return reply
+        return await self._decide_all(batch)
 
     async def best_worker_id_stream(
-        self, _batches: AsyncIterator[BestBatch | Unreadable], context: Context
-    ) -> AsyncGenerator[router_pb2.BestWorkerIdStreamResponse, None]:
+        self, _batches: AsyncIterator[Batch | Unreadable], context: Context
+    ) -> AsyncGenerator[bytes, None]:
         """Decide many, again and again."""
         while (batch := await self._next_batch(context)) is not grpc.aio.EOF:
-            reply = router_pb2.BestWorkerIdStreamResponse()
-            await self._decide_all(readable(batch), reply)
-            yield reply
+            yield await self._decide_all(readable(batch))
 
     async def get_overlap_scores(
         self, asked: Asked[router_pb2.GetOverlapScoresRequest], _context: Context
@@ -203,29 +202,25 @@ class RouterService:
 
     # --- decisions ------------------------------------------------------------------------------------------------
 
-    def _decide_plain(self, asked: AskedBest, reply: router_pb2.BestWorkerIdResponse) -> bool:
-        """Fill the reply to a request that is plain and right, as nearly all are; False when it is not.
+    def _decide_plain(self, data: bytes, start: int = 0, stop: int = -1) -> bytes | None:
+        """The reply to a request that is plain and right, as nearly all are; None for any other.
 
         The short way to what `_decide` would do; only that one knows all fields and words the refusals.
         """
-        request, tokens, plain = asked
-        model, request_id = request.model, request.request_id
-        if (
-            not plain
-            or self._draining
-            or not tokens.fit(self._config.max_prompt_tokens, self._token_end)
-            or (request_id and not is_request_id(request_id))
-            or len(model) > MAX_NAME
-        ):
-            return False
-        router = self._endpoints.one(request.endpoint)
-        adapter = router.lora_of(model) if model else ""
-        decision = router.best_worker(Prompt(tokens, adapter), NO_HINTS, model=router.model_for(model, adapter))
-        write_best_worker(reply, decision, router.load(decision.target))
-        return True
+        plain = read_plain(data, self._config.max_prompt_tokens, self._token_end, start, stop)
+        if plain is None or self._draining:
+            return None
+        tokens, endpoint, model = plain
+        try:
+            router = self._endpoints.one(endpoint)
+            seat, choice, load = router.choose(tokens, model)
+        except RouterError:
+            return None
+        head = seat.reply_head or write_head(seat)
+        return best_worker_reply(head, choice, load, len(tokens), router.index.block_size)
 
-    async def _decide(self, asked: AskedBest, reply: router_pb2.BestWorkerIdResponse) -> None:
-        """Fill the reply to any request. Gives way to others only when a text is tokenized."""
+    async def _decide(self, asked: Asked[router_pb2.BestWorkerIdRequest]) -> bytes:
+        """The reply to any request. Gives way to others only when a text is tokenized."""
         self._refuse_when_draining()
         request = asked.message
         router = self._endpoints.one(request.endpoint)
@@ -242,6 +237,7 @@ class RouterService:
             prompt = await self._tokenized(prompt, request.text)
         model = router.model_for(request.model, prompt.lora_name)
         explain = request.include_candidates
+        reply = router_pb2.BestWorkerIdResponse()
         if request.reserve:
             lease = router.lease(request.request_id, prompt, hints, model=model, ttl_s=ttl_s, explain=explain)
             decision = lease.decision
@@ -249,30 +245,35 @@ class RouterService:
         else:
             decision = router.best_worker(prompt, hints, model=model, explain=explain)
         write_best_worker(reply, decision, router.load(decision.target))
+        return reply.SerializeToString()
 
-    async def _decide_all(
-        self,
-        batch: BestBatch,
-        reply: router_pb2.BestWorkerIdBatchResponse | router_pb2.BestWorkerIdStreamResponse,
-    ) -> None:
-        """Fill the results of a batch."""
+    async def _decide_all(self, batch: Batch) -> bytes:
+        """The replies to a batch, as the message that is both a BestWorkerIdBatchResponse and a ...StreamResponse."""
         if batch.total > MAX_BATCH:
             text = f"has {batch.total} entries, at most {MAX_BATCH} are allowed; send the others in another batch"
             raise InvalidRequestError([("requests", text)])
         clock = asyncio.get_running_loop().time
         turn_ends = clock() + SLICE_S
-        for asked in batch.requests:
-            result = reply.results.add()
+        results = []
+        for start, stop in batch.spans:
             try:
-                if not self._decide_plain(readable(asked), result.response):
-                    await self._decide(readable(asked), result.response)
+                reply = self._decide_plain(batch.data, start, stop)
+                if reply is None:
+                    reply = await self._decide(readable(self._read_best(batch.data, start, stop)))
+                result = delimited(RESPONSE, reply)
             except Exception as error:  # noqa: BLE001 - the boundary of one request
-                given = asked.message.request_id if isinstance(asked, Asked) else ""
-                status = judge(error, request_id_for(given), "BestWorkerId in a batch")
-                result.status.MergeFromString(status.details)
+                request_id = request_id_for(self._given_id(batch.data, start, stop))
+                result = delimited(STATUS, judge(error, request_id, "BestWorkerId in a batch").details)
+            results.append(delimited(RESULTS, result))
             if clock() > turn_ends:
                 await asyncio.sleep(0)
                 turn_ends = clock() + SLICE_S
+        return b"".join(results)
+
+    def _given_id(self, data: bytes, start: int = 0, stop: int = -1) -> str:
+        """The request id in a request that failed."""
+        asked = self._read_best(data, start, stop)
+        return asked.message.request_id if isinstance(asked, Asked) else ""
 
     async def _next_batch(self, context: Context) -> Any:
         """The next batch of a stream, `grpc.aio.EOF` at its end.
