@@ -6,8 +6,11 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 CORE := $(wildcard src/kvrouter_grpc/*/*.pyx src/kvrouter_grpc/core/*.pxd src/kvrouter_grpc/core/*.h src/kvrouter_grpc/core/vendor/*.h)
 BUILD := pyproject.toml setup.py $(CORE)
 
+# Other inputs each day; the run prints the seed.
+FUZZ_SEED ?= $(shell date +%Y%m%d)
+
 .DEFAULT_GOAL := help
-.PHONY: help build dev demo test sanitize test-vllm vllm-env lint format proto proto-check config-docs clean \
+.PHONY: help build dev demo test fuzz sanitize test-vllm vllm-env lint format proto proto-check config-docs clean \
 	bench bench-quick bench-docs bench-peers bench-traces
 
 help: ## This list
@@ -34,6 +37,10 @@ demo: $(VENV)/.built ## Router, four mock workers, real decisions and streams; e
 
 test: $(VENV)/.dev ## The whole suite without real engines
 	$(BIN)/pytest -m "not vllm" $(ARGS)
+
+fuzz: $(VENV)/.dev ## A million damaged KV frames and a million damaged requests, others each day (FUZZ_SEED=...)
+	KVROUTER_FUZZ_SEED=$(FUZZ_SEED) KVROUTER_FUZZ_FRAMES=1000000 KVROUTER_FUZZ_REQUESTS=1000000 \
+		$(BIN)/pytest tests/fuzz $(ARGS)
 
 sanitize: $(VENV)/.dev ## The compiled modules under AddressSanitizer and UndefinedBehaviorSanitizer
 	$(BIN)/python tools/sanitize.py $(ARGS)

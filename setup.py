@@ -3,6 +3,8 @@
 Environment:
     KVROUTER_DEBUG=1  bounds checks, line tracing and annotated C
     KVROUTER_SANITIZE=1  AddressSanitizer and UndefinedBehaviorSanitizer
+
+Both also count what lives in the trees, and a test run fails that ends with anything left (tests/conftest.py).
 """
 
 import os
@@ -22,6 +24,8 @@ macros: list[tuple[str, str | None]] = [("XXH_INLINE_ALL", None)]
 if DEBUG:
     compile_args += ["-O0", "-g"]
     macros.append(("CYTHON_TRACE_NOGIL", "1"))
+if DEBUG or SANITIZE:
+    macros.append(("KVROUTER_COUNTED", None))
 if SANITIZE:
     flags = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-g", "-O1"]
     compile_args += flags

@@ -4,7 +4,7 @@ from libc.stdint cimport uint32_t, uint64_t
 from libc.string cimport memcpy, memmove, memset
 
 from kvrouter_grpc.core.edge cimport Edge, Run
-from kvrouter_grpc.core.memory cimport Meter, release, resize
+from kvrouter_grpc.core.memory cimport COUNTED, LIVE, Meter, release, resize
 
 
 cdef enum:
@@ -79,6 +79,8 @@ cdef inline Run* run_new(
     runs.free = <uint64_t>runs.byid[run.identity] >> 1
     runs.byid[run.identity] = run
     runs.count += 1
+    if COUNTED:
+        LIVE.runs += 1
     return run
 
 
@@ -87,6 +89,8 @@ cdef inline void run_free(Meter* meter, Runs* runs, Run* run) noexcept nogil:
     runs.byid[run.identity] = <Run*>(runs.free << 1 | 1)
     runs.free = run.identity
     runs.count -= 1
+    if COUNTED:
+        LIVE.runs -= 1
     release(meter, run.hashes, run.capacity * sizeof(uint64_t))
     release(meter, run.edges, run.edge_capacity * sizeof(Edge*))
     release(meter, run, sizeof(Run))

@@ -30,7 +30,7 @@ from kvrouter_grpc.core.hash_table cimport (
     table_shrink,
 )
 from kvrouter_grpc.core.holes cimport Holes, holes_any, holes_fit, holes_free, holes_move, holes_set_range
-from kvrouter_grpc.core.memory cimport Meter, release, resize
+from kvrouter_grpc.core.memory cimport COUNTED, LIVE, Meter, release, resize
 from kvrouter_grpc.core.run cimport (
     LONGEST_RUN,
     Runs,
@@ -103,6 +103,8 @@ cdef inline Edge* _edge_new(Tree* tree, Run* run, Edge* parent, uint32_t start, 
     edge.start = start
     edge.length = length
     tree.edges += 1
+    if COUNTED:
+        LIVE.edges += 1
     return edge
 
 
@@ -110,6 +112,8 @@ cdef inline void _edge_free(Tree* tree, Edge* edge) noexcept nogil:
     covers_free(&tree.meter, edge)
     release(&tree.meter, edge, sizeof(Edge))
     tree.edges -= 1
+    if COUNTED:
+        LIVE.edges -= 1
 
 
 cdef inline Edge* tree_branch(
