@@ -222,9 +222,23 @@ class EngineRequest:
 
         vLLM returns `kv_transfer_params` and `prompt_logprobs` only with a non-streamed answer.
         """
+        return not self._remote_decode and self.params.get("prompt_logprobs") is None
+
+    @property
+    def tells_hits(self) -> bool:
+        """Whether `cached_tokens` of its answer says how much of the prompt the engine's own cache held.
+
+        vLLM does not look prompts up whose log-probabilities are asked for, looks one up several times for several
+        answers, and takes the blocks of a transfer from elsewhere.
+        """
+        params, fetches = self.params, self.kv_transfer_params is not None and not self._remote_decode
+        return params.get("n", 1) == 1 and params.get("prompt_logprobs") is None and not fetches
+
+    @property
+    def _remote_decode(self) -> bool:
+        """Whether its prompt is computed to be fetched by another engine."""
         params = self.kv_transfer_params
-        remote_decode = isinstance(params, dict) and bool(params.get("do_remote_decode"))
-        return not remote_decode and self.params.get("prompt_logprobs") is None
+        return isinstance(params, dict) and bool(params.get("do_remote_decode"))
 
 
 class Usage(NamedTuple):

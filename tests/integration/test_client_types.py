@@ -41,6 +41,8 @@ PAIRS: list[tuple[type[Any], type[Message], dict[str, str]]] = [
     (fleet.StreamStatus, admin_pb2.StreamStatus, RENAMED),
     (fleet.Loads, admin_pb2.GetLoadsResponse, {}),
     (fleet.WorkerLoad, admin_pb2.WorkerLoad, NESTED_LOAD),
+    (fleet.FreshnessParts, admin_pb2.FreshnessParts, {}),
+    (fleet.HitPrediction, admin_pb2.HitPrediction, {}),
     (fleet.EngineReport, admin_pb2.EngineReport, {}),
     (fleet.IndexStats, admin_pb2.IndexStats, {}),
 ]

@@ -3,6 +3,7 @@
 import asyncio
 import random
 import threading
+import time
 from collections.abc import AsyncIterator, Callable
 
 import msgspec
@@ -13,7 +14,7 @@ import zmq.asyncio
 from kvrouter_grpc.config import EventsConfig
 from kvrouter_grpc.core import Applied, KvFeed
 from kvrouter_grpc.events.subscriber import EventSource, Subscriber
-from kvrouter_grpc.routing.stream import StreamStatus
+from kvrouter_grpc.routing.stream import StreamStatus, freshness
 from kvrouter_grpc.types import StreamState, Target
 from reference.kv_codec import decode_batch
 from reference.kv_events import BlocksStored
@@ -230,7 +231,8 @@ async def test_an_idle_engine_is_live(bench: Bench) -> None:
     bench.start_publisher()
     bench.subscribe()
     await bench.until_exact()
-    assert bench.sink.status.freshness == 1.0
+    evidence = bench.sink.status.evidence(time.monotonic(), blocks=0, orphans=0, accuracy=1.0)
+    assert freshness(evidence).value == 1.0
 
 
 async def test_replies_without_topic(bench: Bench) -> None:

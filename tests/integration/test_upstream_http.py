@@ -23,6 +23,7 @@ from kvrouter_grpc.errors import (
     UpstreamUnavailableError,
 )
 from kvrouter_grpc.types import EngineChunk, EngineRequest, Usage, WorkerFacts
+from kvrouter_grpc.upstream import vllm_http
 from kvrouter_grpc.upstream.session import engine_session
 from kvrouter_grpc.upstream.vllm_http import Health, VllmHttpClient
 
@@ -183,6 +184,17 @@ def endless(interval_s: float) -> Handler:
 
 async def silent(call: web.Request) -> web.StreamResponse:
     await asyncio.Event().wait()
+    raise AssertionError
+
+
+async def anext_until_fault(client: VllmHttpClient) -> tuple[int, UpstreamError]:
+    seen = 0
+    try:
+        async with aclosing(client.generate(request(), None)) as answer:
+            async for chunks in answer:
+                seen += len(chunks)
+    except UpstreamError as fault:
+        return seen, fault
     raise AssertionError
 
 
@@ -406,6 +418,59 @@ class TestFaults:
             error = await fail(engine.url, UpstreamTimeoutError, chunks=1, inter_token_timeout_s=0.05)
             assert error.message == "no token from the worker within 0.05 s"
             await asyncio.wait_for(engine.gone.wait(), 5)
+
+    @pytest.mark.parametrize(("answer", "chunks"), [(silent, 0), (endless(3600), 1)], ids=["no-answer", "no-token"])
+    async def test_a_server_that_is_down_is_not_waited_for(
+        self, answer: Handler, chunks: int, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(vllm_http, "_SILENCE_S", 0.05)
+        async with completing(answer) as engine, client_of(engine.url) as client:
+            for known_before in (False, True):
+                client.set_down(known_before)
+                engine.called.clear()
+                got = asyncio.create_task(anext_until_fault(client))
+                await asyncio.wait_for(engine.called.wait(), 5)
+                client.set_down(True)
+                seen, fault = await asyncio.wait_for(got, 5)
+                assert seen == chunks
+                assert type(fault) is (StreamInterruptedError if chunks else UpstreamUnavailableError)
+                assert fault.before_first_token == (not chunks)
+
+    async def test_a_server_that_is_back_in_time_is_waited_for(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(vllm_http, "_SILENCE_S", 0.2)
+        go_on = asyncio.Event()
+
+        async def late(call: web.Request) -> web.StreamResponse:
+            await go_on.wait()
+            return await streaming(STREAM)(call)
+
+        async with completing(late) as engine, client_of(engine.url) as client:
+            got = asyncio.create_task(collect(client))
+            await asyncio.wait_for(engine.called.wait(), 5)
+            client.set_down(True)
+            client.set_down(False)
+            with pytest.raises(TimeoutError):
+                await asyncio.wait_for(asyncio.shield(got), 0.4)
+            go_on.set()
+            assert len(await got) > 0
+
+    async def test_a_server_that_is_down_and_goes_on_answering_is_listened_to(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(vllm_http, "_SILENCE_S", 0.2)
+
+        async def steady(call: web.Request) -> web.StreamResponse:
+            response = web.StreamResponse()
+            await response.prepare(call)
+            for number in range(20):
+                await response.write(token(number, "stop" if number == 19 else None))
+                await asyncio.sleep(0.03)
+            await response.write(DONE)
+            return response
+
+        async with completing(steady) as engine, client_of(engine.url) as client:
+            client.set_down(True)
+            assert len(await collect(client)) == 20
 
     async def test_bytes_without_tokens_do_not_reset_the_timeout(self) -> None:
         async def drip(call: web.Request) -> web.StreamResponse:

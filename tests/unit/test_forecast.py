@@ -11,6 +11,7 @@ from kvrouter_grpc.core import RadixTree, hash_sequence
 from kvrouter_grpc.routing import forecast as module
 from kvrouter_grpc.routing.forecast import Forecast, PredictedCache
 from kvrouter_grpc.routing.index import KvIndex
+from kvrouter_grpc.routing.stream import freshness
 from kvrouter_grpc.types import EngineChunk, Overlap, Prompt, StreamState, Target, Usage
 from reference import forecast as reference
 from reference.kv_encode import encode_batch
@@ -163,7 +164,7 @@ def test_a_silent_target_holds_what_it_was_given_until_time_is_up():
     index = make(silent=Forecast(ttl_s=10, max_blocks=1000))
     index.without_events(A, "says nothing")
     assert index.stream(A).state is StreamState.PREDICTED
-    assert 0 < index.stream(A).freshness < 1
+    assert 0 < freshness(index.evidence(A)).value < 1
     asked = prompt(1, 2, 3, lora_name="adapter")
     prediction = index.predict(A, index.sequence(asked), asked, 0)
     assert overlap(index, A, asked) == Overlap(3)
@@ -185,7 +186,7 @@ def test_nothing_is_predicted_of_a_target_that_tells_nor_without_a_forecast():
     off = make()
     off.without_events(A)
     assert off.stream(A).state is StreamState.OFF
-    assert off.stream(A).freshness == 0
+    assert freshness(off.evidence(A)).value == 0
     assert off.predict(A, off.sequence(prompt(1)), prompt(1), 0) is None
 
 

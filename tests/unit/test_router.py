@@ -66,9 +66,9 @@ def add(router, name, *, dp=1, models=("base",), loras=(), ready=True, live=True
     return worker
 
 
-def follow(router, target, state, batches=0):
+def follow(router, target, state, known=0, lost=0):
     stream = router.index.stream(target)
-    stream.state, stream.batches = state, batches
+    stream.state, stream.known, stream.lost = state, known, lost
     router.index.refresh(target)
 
 
@@ -262,11 +262,11 @@ def test_override_temperature_and_cost():
     assert {router.best_worker(prompt(), blind).worker_name for _ in range(60)} == {"a", "b"}
 
 
-def test_a_stale_picture_counts_half_and_a_cold_one_nothing():
+def test_a_picture_counts_as_far_as_it_is_to_be_trusted_and_a_cold_one_not_at_all():
     router = make()
     a = add(router, "a")
     hold(router, a, WORDS)
-    follow(router, a.targets[0], StreamState.STALE, batches=5)
+    follow(router, a.targets[0], StreamState.STALE, known=32, lost=2)
     decision = router.best_worker(prompt(), FREE, explain=True)
     assert decision.freshness == 0.5
     assert decision.candidates[0].terms["new_prefill"] == 3 * (64 - 16 * 2)

@@ -427,6 +427,53 @@ def test_a_restart_reported_after_it_was_noticed_counts_once() -> None:
     assert synced().tracker.restarted() is DUPLICATE
 
 
+def test_a_picture_begun_anew_takes_what_the_ring_still_has() -> None:
+    stream = synced()
+    stream.live(0, 1, 2)
+    assert stream.drain(stream.tracker.resync()) is RESTART
+    assert (stream.tracker.taken, stream.state) == (0, SYNCING)
+    stream.live(3)
+    stream.replay(0, 1, 2, 3)
+    assert (stream.asked, stream.taken) == (0, [0, 1, 2, "|", 0, 1, 2, 3])
+    assert (stream.state, stream.tracker.restarts, stream.tracker.partial) == (LIVE, 0, False)
+    assert (stream.tracker.taken, stream.tracker.lost, stream.tracker.behind) == (4, 0, 0)
+
+
+def test_a_picture_begun_anew_from_a_ring_that_has_rolled_is_partial() -> None:
+    stream = synced()
+    stream.live(0, 1, 2)
+    stream.drain(stream.tracker.resync())
+    stream.replay(1, 2)
+    assert stream.taken[3:] == ["|", 1, 2]
+    assert (stream.state, stream.tracker.partial, stream.tracker.missed) == (LIVE, True, 0)
+
+
+def test_a_picture_begun_anew_without_a_replay_port_goes_on_with_what_comes() -> None:
+    stream = connected(replay=False)
+    stream.live(0, 1)
+    assert stream.drain(stream.tracker.resync()) is RESTART
+    stream.live(2)
+    assert (stream.taken, stream.state, stream.tracker.partial) == ([0, 1, "|", 2], LIVE, True)
+    assert connected().tracker.resync() is DUPLICATE
+
+
+def test_how_far_it_is_behind_and_in_doubt() -> None:
+    stream = synced()
+    assert not stream.tracker.doubted
+    stream.live(0, 1)
+    assert (stream.tracker.taken, stream.tracker.behind) == (2, 0)
+    stream.live(4, 5)
+    assert (stream.tracker.taken, stream.tracker.behind) == (2, 4)
+    stream.replay(1, 2, 3)
+    assert (stream.tracker.taken, stream.tracker.behind) == (6, 0)
+    stream.tracker.disconnected()
+    assert stream.tracker.doubted
+    stream.tracker.connected()
+    assert stream.tracker.doubted
+    stream.replay(5)
+    assert not stream.tracker.doubted
+
+
 def test_a_ring_without_room_is_not_taken_for_restarts_again_and_again() -> None:
     stream = synced(0, 1)
     stream.tracker.audit()

@@ -179,6 +179,11 @@ class Attendant:
             await self._pause()
             health = await self.client.health()
             slow = slow + 1 if health is Health.SLOW else 0
+            self.client.set_down(health is Health.GONE or slow >= SLOW_CHECKS)
+            for target, subscriber in self._subscribers.items():
+                if self.router.resync_due(target):
+                    self._log.warning("picture is wrong", dp_rank=target.dp_rank, detail="forgetting and replaying it")
+                    subscriber.resync()
             if health is Health.GOOD:
                 if self._doubted or self.worker.health is WorkerState.UNHEALTHY:
                     await self._returned()

@@ -19,8 +19,9 @@ from kvrouter_grpc.errors import (
     UnknownWorkerError,
     UpstreamError,
 )
+from kvrouter_grpc.routing.prediction import HitPrediction
 from kvrouter_grpc.routing.router import Router
-from kvrouter_grpc.routing.stream import StreamStatus
+from kvrouter_grpc.routing.stream import Evidence, StreamStatus
 from kvrouter_grpc.routing.workers import Worker
 from kvrouter_grpc.types import Target, WorkerFacts, WorkerSpec, WorkerState
 from kvrouter_grpc.upstream.vllm_http import VllmHttpClient
@@ -37,6 +38,8 @@ class StreamView:
 
     dp_rank: int
     status: StreamStatus
+    evidence: Evidence
+    hits: HitPrediction
     blocks: int
     orphans: int
 
@@ -220,7 +223,9 @@ class Fleet:
                 if worker.state not in (WorkerState.READY, WorkerState.DRAINING)
             ]
         for view in self.workers():
-            found += [f"{view.spec.name}: {stream.status.detail}" for stream in view.streams if stream.status.detail]
+            for stream in view.streams:
+                details = stream.status.told(stream.evidence), stream.hits.told
+                found += [f"{view.spec.name}: {detail}" for detail in details if detail]
         if len(self._ready_workers()) < self._min_workers:
             found.append(f"{len(self._ready_workers())} of at least {self._min_workers} workers are ready")
         return found
@@ -248,9 +253,16 @@ class Fleet:
     def _view(self, member: _Member) -> WorkerView:
         worker, index = member.attendant.worker, member.attendant.router.index
         streams = tuple(
-            StreamView(target.dp_rank, status, index.blocks(target), index.orphans(target))
+            StreamView(
+                target.dp_rank,
+                status,
+                index.evidence(target),
+                hits,
+                index.blocks(target),
+                index.orphans(target),
+            )
             for target in worker.targets
-            if (status := index.stream_if_known(target)) is not None
+            if (status := index.stream_if_known(target)) is not None and (hits := index.hits(target)) is not None
         )
         ttl = None if member.expires_at is None else max(0.0, member.expires_at - self._clock())
         return WorkerView(worker.worker_id, worker.spec, worker.state, worker.reason, worker.facts, streams, ttl)
@@ -269,6 +281,7 @@ class Fleet:
                     self._sweep()
                     for router in self._routers.values():
                         router.expire()
+                        router.index.refresh_all()
             finally:
                 self._group = None
 

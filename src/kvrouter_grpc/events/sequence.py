@@ -137,6 +137,26 @@ class StreamTracker:
         return ""
 
     @property
+    def taken(self) -> int:
+        """Batches that the picture is made of."""
+        return self._taken
+
+    @property
+    def lost(self) -> int:
+        """Batches given up since the picture was begun."""
+        return self._lost
+
+    @property
+    def behind(self) -> int:
+        """Batches that are known to be published and are not taken: missing, or held back."""
+        return max(0, self._live_high + 1 - self.next_seq)
+
+    @property
+    def doubted(self) -> bool:
+        """Whether nothing has proved yet that the publisher is the process whose batches were taken."""
+        return not self._connected or self._doubt or self._unverified
+
+    @property
     def ready(self) -> bool:
         """Whether `take()` would give a batch."""
         return self._held.count > 0 and self.next_seq in self._held and not self._doubt
@@ -188,6 +208,19 @@ class StreamTracker:
             return Verdict.DUPLICATE
         self.restarts -= self._restart_seen  # most likely the same one: it counts once
         return self._restart()
+
+    def resync(self) -> Verdict:
+        """The picture is wrong although no batch is known to be lost: begin it anew with what the publisher still has.
+
+        Returns:
+            RESTART, or DUPLICATE when there is nothing to forget.
+        """
+        if not self.next_seq:
+            return Verdict.DUPLICATE
+        restarts, seen = self.restarts, self._restart_seen
+        verdict = self._restart()
+        self.restarts, self._restart_seen = restarts, seen
+        return verdict
 
     # --- live batches ---------------------------------------------------------------------------------------------
 

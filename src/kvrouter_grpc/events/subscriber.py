@@ -111,6 +111,7 @@ class Subscriber:
         self._heard: deque[Message] = deque()  # live messages that are still to be told to the tracker
         self._answers: deque[Message] = deque()  # the same of replayed ones
         self._restart_reported = False
+        self._resync_asked = False
         self._fault = ""  # why nothing can be heard, "" when something can
         self._unreadable = ""  # what was wrong with the last unreadable message
         self._asked_at = 0.0
@@ -126,6 +127,11 @@ class Subscriber:
     def notify_restarted(self) -> None:
         """The worker's process is known to be a new one, e.g. by its start time."""
         self._restart_reported = True
+        self._wake.set()
+
+    def resync(self) -> None:
+        """The picture foretells wrongly: forget it, and take again what the publisher still has."""
+        self._resync_asked = True
         self._wake.set()
 
     async def run(self) -> None:
@@ -167,6 +173,10 @@ class Subscriber:
             if self._restart_reported:
                 self._restart_reported = False
                 self._heed(self._tracker.restarted())
+            if self._resync_asked:
+                self._resync_asked = False
+                self._status.resyncs += 1
+                self._heed(self._tracker.resync())
             if now >= self._reopen_at:
                 self._open(now)
             busy = self._pace(now)
@@ -253,6 +263,7 @@ class Subscriber:
     def _heed(self, verdict: Verdict) -> None:
         if verdict is Verdict.RESTART:
             log.info("stream starts over", worker_id=self._target.worker_id, dp_rank=self._target.dp_rank)
+            self._status.unread = 0
             self._index.clear(self._target)
 
     def _apply(self, payload: bytes) -> None:
@@ -264,6 +275,7 @@ class Subscriber:
             return
         self._status.batches += 1
         self._status.skipped += applied.skipped
+        self._status.unread += applied.skipped
         if applied.cleared:
             self._tracker.cleared()
 
@@ -325,8 +337,16 @@ class Subscriber:
     def _report(self) -> None:
         """Bring the status up to date."""
         tracker, status = self._tracker, self._status
-        before = status.state
+        before, doubted, lost = status.state, status.doubted, status.lost
         status.state = tracker.state
+        if status.state is not StreamState.SYNCING:
+            status.unsettled_at = None
+        elif status.unsettled_at is None:
+            status.unsettled_at = time.monotonic()
+        status.known = tracker.taken
+        status.lost = tracker.lost
+        status.behind = tracker.behind
+        status.doubted = tracker.doubted
         status.last_seq = tracker.next_seq - 1
         status.gaps = tracker.gaps
         status.missed = tracker.missed
@@ -335,7 +355,8 @@ class Subscriber:
         status.detail = self._fault or tracker.detail
         if status.state is StreamState.STALE and self._unreadable:
             status.detail += f"; the last unreadable message: {self._unreadable}"
-        self._index.refresh(self._target)
+        if (status.state, status.doubted, status.lost) != (before, doubted, lost):
+            self._index.refresh(self._target)  # what only time changes is refreshed by the fleet
         if status.state is not before and StreamState.STALE in (status.state, before):
             level = log.warning if status.state is StreamState.STALE else log.info
             level(

@@ -1,5 +1,6 @@
 """Which blocks every target of an endpoint holds."""
 
+import time
 from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -7,7 +8,8 @@ from functools import partial
 
 from kvrouter_grpc.core import Applied, KvFeed, RadixTree, TargetTable, hash_sequence, seed_for
 from kvrouter_grpc.routing.forecast import Forecast, PredictedCache, Prediction
-from kvrouter_grpc.routing.stream import StreamStatus
+from kvrouter_grpc.routing.prediction import HitPrediction
+from kvrouter_grpc.routing.stream import Evidence, StreamStatus, freshness
 from kvrouter_grpc.types import (
     Overlap,
     Prompt,
@@ -31,6 +33,8 @@ class _CacheView:
     forecast: Forecast | None = None  # foretells what it holds
     predicted: PredictedCache | None = None  # None until the first prediction
     capacity: int = 0  # blocks it has room for, as far as predictions need it; 0 when not known
+    hits: HitPrediction = field(default_factory=HitPrediction)
+    at_rest: bool = False  # its row says that all is well
 
 
 class KvIndex:
@@ -45,6 +49,7 @@ class KvIndex:
             indexed: hashes of different block sizes never match, they would only be silent zeros.
         silent: Predicts what targets without events hold; None predicts nothing.
         ahead: Predicts what targets with events are about to hold; None waits for the events.
+        clock: Monotonic seconds.
 
     Attributes:
         targets: The targets' rows, with where their blocks are and how far that is to be trusted, for the decision.
@@ -57,8 +62,10 @@ class KvIndex:
         *,
         silent: Forecast | None = None,
         ahead: Forecast | None = None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.targets = TargetTable()
+        self.clock = clock
         self._tree: RadixTree | None = None
         self._views: dict[Target, _CacheView] = {}
         self._on_block_size = on_block_size
@@ -99,10 +106,33 @@ class KvIndex:
                 self._tree.remove_slot(slot)
 
     def refresh(self, target: Target) -> None:
-        """Let decisions see the present freshness of `target`; called by its subscriber after every change."""
+        """Let decisions see the present freshness of `target`; called by its subscriber when its state changes."""
         view = self._views.get(target)
         if view is not None:
-            self.targets.set_freshness(view.row, view.stream.freshness)
+            self.targets.set_freshness(view.row, freshness(self._evidence(view)).value)
+
+    def refresh_all(self) -> None:
+        """Let decisions see what time and answers do to the freshness of all targets. Those in order cost nothing."""
+        for view in self._views.values():
+            at_rest = view.stream.in_order and view.hits.accuracy == 1.0 and not view.feed.orphans
+            if not (at_rest and view.at_rest):
+                self.targets.set_freshness(view.row, freshness(self._evidence(view)).value)
+                view.at_rest = at_rest
+
+    def evidence(self, target: Target) -> Evidence:
+        """What speaks for and against the picture of `target`; of one that is not known nothing was heard."""
+        view = self._views.get(target)
+        return self._evidence(view) if view is not None else Evidence(heard=False)
+
+    def _evidence(self, view: _CacheView) -> Evidence:
+        return view.stream.evidence(
+            self.clock(), blocks=self._blocks(view), orphans=view.feed.orphans, accuracy=view.hits.accuracy
+        )
+
+    def hits(self, target: Target) -> HitPrediction | None:
+        """How well the hits of `target` were foretold; None when it is not known."""
+        view = self._views.get(target)
+        return view.hits if view is not None else None
 
     def stream(self, target: Target) -> StreamStatus:
         """The state of the target's event stream.
@@ -120,9 +150,11 @@ class KvIndex:
     def blocks(self, target: Target) -> int:
         """Blocks the target holds, over all tiers."""
         view = self._views.get(target)
-        if view is None or self._tree is None:
-            return 0
-        return sum(self._tree.blocks(slot) for slot in view.slots.values())
+        return self._blocks(view) if view is not None else 0
+
+    def _blocks(self, view: _CacheView) -> int:
+        tree = self._tree
+        return sum(tree.blocks(slot) for slot in view.slots.values()) if tree is not None else 0
 
     def orphans(self, target: Target) -> int:
         """Blocks of the target that wait for their parent."""
@@ -151,6 +183,7 @@ class KvIndex:
         applied = view.feed.apply(payload)
         if applied.cleared:
             _forget_predictions(view)
+            view.hits.begun()
         return applied
 
     def clear(self, target: Target) -> None:
@@ -161,6 +194,8 @@ class KvIndex:
             if view.predicted is not None:
                 view.predicted.tree.clear(view.predicted.slot)  # the feed knows it from its first event on
             _forget_predictions(view)
+            view.hits.begun()
+            view.stream.prompts.clear()
 
     def _tree_for(self, target: Target, block_size: int) -> RadixTree | None:
         """The tree, if blocks of this size belong in it."""

@@ -14,6 +14,7 @@ from typing import NamedTuple, Self
 from kvrouter_grpc.core import TargetTable
 from kvrouter_grpc.errors import DuplicateRequestError, UnknownReservationError
 from kvrouter_grpc.routing.forecast import Prediction
+from kvrouter_grpc.routing.prediction import Expectation
 from kvrouter_grpc.types import Decision, Target
 
 
@@ -41,17 +42,20 @@ class Lease:
         decision: The decision that was booked.
         expires_at: Clock reading at which the lease ends by itself; infinity for the lease of a live stream.
         prediction: What it lets the router predict of its target's cache, where that is predicted.
+        expectation: What is expected of its target's cache, to be compared with what its engine finds.
+        prefilling: Whether its prompt is still to be computed.
         released: Whether it has ended.
     """
 
     __slots__ = (
         "_booking",
-        "_prefilling",
         "_table",
         "_ticket",
         "decision",
+        "expectation",
         "expires_at",
         "prediction",
+        "prefilling",
         "released",
         "request_id",
     )
@@ -63,10 +67,11 @@ class Lease:
         self.decision = decision
         self.expires_at = expires_at
         self.prediction: Prediction | None = None
+        self.expectation: Expectation | None = None
         self._table = table
         self._booking = booking
         self._ticket = ticket
-        self._prefilling = True
+        self.prefilling = True
         self.released = False
 
     @property
@@ -76,8 +81,8 @@ class Lease:
 
     def first_token(self) -> None:
         """The prompt is computed: it no longer waits. Idempotent."""
-        if self._prefilling:
-            self._prefilling = False
+        if self.prefilling:
+            self.prefilling = False
             self._table.targets.first_token(self._ticket, self._booking.prefill_tokens)
 
     def release(self) -> None:
@@ -85,7 +90,7 @@ class Lease:
         if self.released:
             return
         if self.prediction is not None:
-            self.prediction.end(self._table.clock(), computed=not self._prefilling)
+            self.prediction.end(self._table.clock(), computed=not self.prefilling)
         self.first_token()
         self.released = True
         self._table.targets.release(self._ticket, self._booking.seqs, self._booking.share_blocks)

@@ -16,6 +16,7 @@ from kvrouter_grpc.routing.index import KvIndex
 from kvrouter_grpc.routing.loads import Booking, Lease, LoadTable, TargetLoad
 from kvrouter_grpc.routing.plan import Plan
 from kvrouter_grpc.routing.roster import Roster, Seat
+from kvrouter_grpc.routing.stream import freshness
 from kvrouter_grpc.routing.workers import Worker, WorkerRegistry
 from kvrouter_grpc.types import (
     Candidate,
@@ -28,6 +29,10 @@ from kvrouter_grpc.types import (
     RoutingHints,
     Target,
 )
+
+NEW_BLOCKS = 2
+"""Full blocks still to be computed from which on an event is due: an engine that finds a prompt as a whole computes its
+last block again, and need not tell."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +76,7 @@ class Router:
         self.endpoint = endpoint
         self.config = config
         self.workers = WorkerRegistry(on_worker_change)
-        self.index = KvIndex(config.block_size, self._block_size_differs, **_forecasts(config))
+        self.index = KvIndex(config.block_size, self._block_size_differs, clock=clock, **_forecasts(config))
         self.loads = LoadTable(self.index.targets, clock, config.request_expiry_s)
         self._roster = Roster(self.workers, self.index.targets)
         self._decider = Decider(self.index.targets, config.seed)
@@ -118,8 +123,10 @@ class Router:
 
     def engine_reported(self, target: Target, report: EngineReport) -> None:
         """Take what a rank says of its work. Reports of a target that was removed are ignored."""
-        if self.index.stream_if_known(target) is not None:
+        hits = self.index.hits(target)
+        if hits is not None:
             self._reports[target] = report
+            hits.reported(report)
 
     def engine_report(self, target: Target) -> EngineReport | None:
         """The last report of a rank, if there was one."""
@@ -209,6 +216,9 @@ class Router:
         self._turn += 1
         lease = self.loads.book(request_id, decision, booking, ttl_s)
         lease.prediction = self.index.predict(decision.target, seqs, prompt, self.loads.clock())
+        hits = self.index.hits(decision.target)
+        if hits is not None:
+            lease.expectation = hits.expect(decision, self.loads.clock())
         return lease
 
     def improve(self, prediction: Prediction, prompt: Prompt, decision: Decision) -> None:
@@ -226,10 +236,39 @@ class Router:
         self.loads.expire()
         self.index.expire(self.loads.clock())
 
+    def first_token(self, lease: Lease) -> None:
+        """The prompt of a request that was sent is computed: its blocks are announced or overdue soon. Idempotent."""
+        if not lease.prefilling:
+            return
+        lease.first_token()
+        target, expected = lease.decision.target, lease.expectation
+        stream, hits = self.index.stream_if_known(target), self.index.hits(target)
+        if stream is None or hits is None or expected is None or expected.epoch != hits.epoch:
+            return
+        hits.computed(expected)
+        if expected.new_blocks >= NEW_BLOCKS and stream.last_event_at < expected.booked_at:
+            stream.prompts.computed(expected.booked_at, self.loads.clock())
+
+    def answered(self, lease: Lease, cached_tokens: int | None) -> None:
+        """A booked request was answered completely; compare what its engine found with what was expected.
+
+        Args:
+            lease: Its booking.
+            cached_tokens: As its engine reported, None when it did not.
+        """
+        hits = self.index.hits(lease.decision.target)
+        if hits is not None and lease.expectation is not None:
+            hits.finished(lease.expectation, cached_tokens)
+
+    def resync_due(self, target: Target) -> bool:
+        """Whether the picture of `target` foretells so badly that it should be begun anew, now; says yes once."""
+        hits = self.index.hits(target)
+        return hits is not None and hits.resync_due(self.loads.clock())
+
     def mark_prefill_complete(self, request_id: str) -> None:
         """A reserved request has its first token. Raises UnknownReservationError."""
         self.loads.expire()
-        self.loads.lease(request_id).first_token()
+        self.loads.lease(request_id).first_token()  # on the caller's word alone, no event is due
 
     def free(self, request_id: str) -> None:
         """A reserved request has ended. Raises UnknownReservationError."""
@@ -278,8 +317,7 @@ class Router:
         )
 
     def _freshness(self, target: Target) -> float:
-        stream = self.index.stream_if_known(target)
-        return stream.freshness if stream is not None else 0.0
+        return freshness(self.index.evidence(target)).value
 
     def _plan_for(self, hints: RoutingHints) -> Plan:
         return self._plan if hints.override is None else self._plan.changed(hints.override)

@@ -7,7 +7,9 @@ from kvrouter_grpc._gen import admin_pb2, common_pb2
 from kvrouter_grpc.config import WorkerEntry
 from kvrouter_grpc.config.settings import WORKER_SETTINGS
 from kvrouter_grpc.discovery.fleet import StreamView, WorkerView
+from kvrouter_grpc.routing.prediction import HitPrediction
 from kvrouter_grpc.routing.router import Router
+from kvrouter_grpc.routing.stream import freshness
 from kvrouter_grpc.server import duration
 from kvrouter_grpc.server.violations import Violations
 from kvrouter_grpc.types import EngineReport, Json, Role, StreamState, WorkerSpec, WorkerState
@@ -99,7 +101,7 @@ def spec_message(spec: WorkerSpec) -> admin_pb2.WorkerSpec:
 
 
 def _stream_status(view: StreamView) -> admin_pb2.StreamStatus:
-    stream = view.status
+    stream, trust = view.status, freshness(view.evidence)
     status = admin_pb2.StreamStatus(
         dp_rank=view.dp_rank,
         state=_STREAM_STATES[stream.state],
@@ -114,8 +116,20 @@ def _stream_status(view: StreamView) -> admin_pb2.StreamStatus:
         partial=stream.partial,
         blocks=view.blocks,
         orphans=view.orphans,
-        freshness=stream.freshness,
-        detail=stream.detail,
+        freshness=trust.value,
+        detail=stream.told(view.evidence),
+        freshness_parts=admin_pb2.FreshnessParts(
+            coverage=trust.coverage,
+            lag=trust.lag,
+            silence=trust.silence,
+            orphans=trust.orphans,
+            reading=trust.reading,
+            accuracy=trust.accuracy,
+        ),
+        lost=stream.lost,
+        behind=stream.behind,
+        resyncs=stream.resyncs,
+        hits=_hit_prediction(view.hits),
     )
     if stream.last_event_at:
         duration.write(status.last_event_age, time.monotonic() - stream.last_event_at)
@@ -141,9 +155,27 @@ def worker_loads(views: Iterable[WorkerView], router: Router) -> list[admin_pb2.
                     cached_blocks=router.index.blocks(target),
                     total_blocks=view.spec.total_kv_blocks,
                     engine=_engine_report(router.engine_report(target)),
+                    hits=_hit_prediction(router.index.hits(target)),
                 )
             )
     return loads
+
+
+def _hit_prediction(hits: HitPrediction | None) -> admin_pb2.HitPrediction | None:
+    if hits is None:
+        return None
+    return admin_pb2.HitPrediction(
+        exact=hits.exact,
+        over=hits.over,
+        under=hits.under,
+        foretold_tokens=hits.foretold_tokens,
+        found_tokens=hits.found_tokens,
+        error_tokens=hits.error_tokens,
+        accuracy=hits.accuracy,
+        told=hits.tells,
+        drifting=hits.drifting,
+        alarms=hits.alarms,
+    )
 
 
 def _engine_report(report: EngineReport | None) -> admin_pb2.EngineReport | None:

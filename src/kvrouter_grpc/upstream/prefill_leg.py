@@ -19,7 +19,7 @@ from kvrouter_grpc.config import LocalPrefill
 from kvrouter_grpc.errors import RouterError, UpstreamError, UpstreamTimeoutError, UpstreamUnavailableError
 from kvrouter_grpc.routing.loads import Lease
 from kvrouter_grpc.routing.router import Router
-from kvrouter_grpc.types import Decision, EngineRequest, Json, Prompt, RoutingHints, Target
+from kvrouter_grpc.types import Decision, EngineRequest, Json, Prompt, RoutingHints, Target, Usage
 from kvrouter_grpc.upstream.vllm_http import VllmHttpClient
 
 NOT_WORTHWHILE = "NOT_WORTHWHILE"
@@ -109,16 +109,19 @@ class PrefillLeg:
         rank = target.dp_rank if worker is not None and worker.dp_size > 1 else None
         asked = replace(request, params=_ONE_TOKEN, kv_transfer_params=_REMOTE_DECODE)
         params: Json = None
+        usage: Usage | None = None
         try:
             async with (
                 asyncio.timeout(self._timeout_s),
                 aclosing(self._client(target.worker_id).generate(asked, rank)) as answer,
             ):
                 async for chunks in answer:
-                    lease.first_token()
-                    params = chunks[-1].kv_transfer_params
+                    self._pool.first_token(lease)
+                    params, usage = chunks[-1].kv_transfer_params, chunks[-1].usage
                     if prediction is not None:
                         prediction.heard(chunks)
+            if asked.tells_hits:
+                self._pool.answered(lease, usage.cached_tokens if usage is not None else None)
             if prediction is not None:
                 self._pool.improve(prediction, prompt, lease.decision)
         except UpstreamError as error:

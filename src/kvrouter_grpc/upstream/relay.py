@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from kvrouter_grpc.config import UpstreamConfig
 from kvrouter_grpc.errors import NoWorkersError, UpstreamError
 from kvrouter_grpc.routing.router import Router
-from kvrouter_grpc.types import Decision, EngineChunk, EngineRequest, Prompt, RoutingHints, Target
+from kvrouter_grpc.types import Decision, EngineChunk, EngineRequest, Prompt, RoutingHints, Target, Usage
 from kvrouter_grpc.upstream.prefill_leg import Handover, PrefillLeg
 from kvrouter_grpc.upstream.vllm_http import VllmHttpClient
 
@@ -82,23 +82,28 @@ class Relay:
             target = lease.decision.target
             delivered = False
             prediction = lease.prediction
+            usage: Usage | None = None
             with lease:
                 sent = request if prefill is None else await prefill.request()
                 if sent is None:
                     continue
                 attempts += 1
+                if not sent.tells_hits:
+                    lease.expectation = None
                 try:
                     async with aclosing(self._send(router, sent, target)) as answer:
                         async for chunks in answer:
                             if prediction is not None:
                                 prediction.heard(chunks)
-                            if any(chunk.token_ids or chunk.text for chunk in chunks):
-                                lease.first_token()
+                            if lease.prefilling and any(chunk.token_ids or chunk.text for chunk in chunks):
+                                router.first_token(lease)
+                            usage = chunks[-1].usage or usage
                             if delivered:
                                 yield RelayStep(chunks)
                             else:
                                 delivered = True
                                 yield RelayStep(chunks, lease.decision, attempts, prefill)
+                    router.answered(lease, usage.cached_tokens if usage is not None else None)
                     return
                 except UpstreamError as error:
                     self._on_failure(target, error)

@@ -2,7 +2,7 @@
 
 import asyncio
 import io
-from collections.abc import AsyncGenerator, Callable, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from enum import Enum
 from typing import TypeVar
@@ -27,6 +27,7 @@ _MAX_REFUSAL_BYTES = 64 * 1024
 _MAX_PROBE_BYTES = 16 * 1024 * 1024  # a metrics page with the histograms of many engines
 _FACTS_TIMEOUT_S = 5.0  # per question; a server under load builds its metrics page slowly
 _LOOK_AT_CONNECTION_S = 0.5
+_SILENCE_S = 2.5  # of an answer, after which it is not waited for while the server is down
 _LAST_BYTES_TIMEOUT_S = 0.2  # `[DONE]` and the end of the body leave the server together
 
 
@@ -54,9 +55,27 @@ class VllmHttpClient:
         self._completions = self._url / "v1/completions"
         self._session = session
         self._config = config
+        self._down = False
+        self._posting: dict[asyncio.Timeout, float] = {}  # requests without an answer, and their deadlines
         # Only connecting is limited here; everything else is limited step by step, since a long answer is no
         # fault.
         self._timeout = aiohttp.ClientTimeout(total=None, connect=config.connect_timeout_s)
+
+    def set_down(self, down: bool) -> None:
+        """Whoever watches the server's health says whether it answers.
+
+        While it does not, answers that are silent, too, are given up: an engine that hangs closes no connection, and
+        the limits for healthy ones are long.
+        """
+        if down == self._down:
+            return
+        self._down = down
+        for limit, deadline in self._posting.items():
+            if not limit.expired():
+                limit.reschedule(self._patient_until(deadline))
+
+    def _patient_until(self, deadline: float) -> float:
+        return min(deadline, asyncio.get_running_loop().time() + _SILENCE_S) if self._down else deadline
 
     async def generate(self, request: EngineRequest, dp_rank: int | None) -> AsyncGenerator[list[EngineChunk], None]:
         """Send a request and yield its answer; chunks that arrived together are handed on together.
@@ -82,24 +101,16 @@ class VllmHttpClient:
         answer: Answer = kind(self._worker, config.max_response_bytes)
         limit_s = config.first_token_timeout_s
         deadline = loop.time() + limit_s
-        body = io.BytesIO(request_body(request))  # a buffer is sent in slices, bytes all at once
-        headers = request_headers(request, dp_rank)
+        body, headers = request_body(request), request_headers(request, dp_rank)
         with self._judged("answer", limit_s):
-            async with asyncio.timeout_at(deadline):
-                response = await self._session.post(
-                    self._completions,
-                    data=body,
-                    headers=headers,
-                    timeout=self._timeout,
-                    allow_redirects=False,
-                )
+            response = await self._post(body, headers, deadline)
         try:
             if response.status != _OK:
                 raise await self._refusal(response, deadline)
             with Patience() as patience:
                 while not answer.done:
                     try:
-                        data = await _read(response, patience, deadline)
+                        data = await self._read(response, patience, deadline)
                     except (TimeoutError, aiohttp.ClientError, OSError) as error:
                         raise self._judge(error, "token", limit_s, started=answer.started) from error
                     chunks = answer.feed(data) if data else answer.end()
@@ -199,6 +210,47 @@ class VllmHttpClient:
                 error = decode_completion(await _body(response, _MAX_REFUSAL_BYTES)).error
         return engine_error(self._worker, response.status, error, started=False)
 
+    async def _post(self, body: bytes, headers: Mapping[str, str], deadline: float) -> aiohttp.ClientResponse:
+        """Send a request and wait for the head of its answer."""
+        try:
+            async with asyncio.timeout_at(self._patient_until(deadline)) as limit:
+                self._posting[limit] = deadline
+                try:
+                    return await self._session.post(
+                        self._completions,
+                        data=io.BytesIO(body),  # a buffer is sent in slices, bytes all at once
+                        headers=headers,
+                        timeout=self._timeout,
+                        allow_redirects=False,
+                    )
+                finally:
+                    del self._posting[limit]
+        except TimeoutError as error:
+            if self._down and not isinstance(error, aiohttp.ClientError):
+                raise aiohttp.ServerDisconnectedError from None
+            raise
+
+    async def _read(self, response: aiohttp.ClientResponse, patience: Patience, deadline: float) -> bytes:
+        """Wait for bytes of the body; b"" is its end.
+
+        A broken chunk header makes aiohttp (3.14) close the connection but not end the body, which would be waited for
+        until the deadline: hence a look at the connection, and at the server, now and then.
+        """
+        clock = asyncio.get_running_loop().time
+        silent_since = clock()
+        while True:
+            try:
+                left_s = deadline - clock()
+                return await patience.within(min(left_s, _LOOK_AT_CONNECTION_S), response.content.readany())
+            except TimeoutError:
+                now = clock()
+                if now >= deadline:
+                    raise
+                protocol = response.connection and response.connection.protocol
+                hung = self._down and now - silent_since >= _SILENCE_S
+                if hung or protocol is None or not protocol.is_connected():
+                    raise aiohttp.ServerDisconnectedError from None
+
     @contextmanager
     def _judged(self, waited_for: str, limit_s: float) -> Iterator[None]:
         """Turn the faults of a connection into errors of the router."""
@@ -214,25 +266,6 @@ class VllmHttpClient:
         if isinstance(error, TimeoutError):
             return timed_out(self._worker, waited_for, limit_s, started=started)
         return lost(self._worker, started=started)
-
-
-async def _read(response: aiohttp.ClientResponse, patience: Patience, deadline: float) -> bytes:
-    """Wait for bytes of the body; b"" is its end.
-
-    A broken chunk header makes aiohttp (3.14) close the connection but not end the body, which would be waited for
-    until the deadline: hence a look at the connection now and then.
-    """
-    clock = asyncio.get_running_loop().time
-    while True:
-        try:
-            left_s = deadline - clock()
-            return await patience.within(min(left_s, _LOOK_AT_CONNECTION_S), response.content.readany())
-        except TimeoutError:
-            if clock() >= deadline:
-                raise
-            protocol = response.connection and response.connection.protocol
-            if protocol is None or not protocol.is_connected():
-                raise aiohttp.ServerDisconnectedError from None
 
 
 async def _body(response: aiohttp.ClientResponse, limit: int) -> bytes:

@@ -124,6 +124,55 @@ class WorkerSpec:
 
 
 @dataclass(frozen=True, slots=True)
+class FreshnessParts:
+    """What freshness is the product of, each 0 to 1."""
+
+    coverage: float  # of the history
+    lag: float  # behind the engine
+    silence: float  # where events were due
+    orphans: float  # blocks that cannot be placed
+    reading: float  # events that could not be read
+    accuracy: float  # of what was foretold
+
+    @classmethod
+    def from_proto(cls, message: admin_pb2.FreshnessParts) -> "FreshnessParts":
+        """Convert."""
+        return cls(message.coverage, message.lag, message.silence, message.orphans, message.reading, message.accuracy)
+
+
+@dataclass(frozen=True, slots=True)
+class HitPrediction:
+    """Cache hits as foretold, against those that the engine reports with its answers."""
+
+    exact: int  # requests
+    over: int  # requests of which the engine found less than foretold
+    under: int  # requests of which it found more
+    foretold_tokens: int
+    found_tokens: int
+    error_tokens: float  # running mean
+    accuracy: float  # 0 to 1, over the last requests
+    told: bool | None  # whether the engine reports cached tokens; None while that is open
+    drifting: bool  # the picture is wrong
+    alarms: int
+
+    @classmethod
+    def from_proto(cls, message: admin_pb2.HitPrediction) -> "HitPrediction":
+        """Convert."""
+        return cls(
+            exact=message.exact,
+            over=message.over,
+            under=message.under,
+            foretold_tokens=message.foretold_tokens,
+            found_tokens=message.found_tokens,
+            error_tokens=message.error_tokens,
+            accuracy=message.accuracy,
+            told=message.told if message.HasField("told") else None,
+            drifting=message.drifting,
+            alarms=message.alarms,
+        )
+
+
+@dataclass(frozen=True, slots=True)
 class StreamStatus:
     """The state of one rank's event stream."""
 
@@ -143,6 +192,11 @@ class StreamStatus:
     orphans: int
     freshness: float  # 0 to 1
     detail: str  # what is wrong, when something is
+    freshness_parts: FreshnessParts
+    lost: int  # messages lost from the present picture
+    behind: int  # messages published and not applied yet
+    resyncs: int  # times the picture was begun anew because it had foretold wrongly
+    hits: HitPrediction
 
     @classmethod
     def from_proto(cls, message: admin_pb2.StreamStatus) -> "StreamStatus":
@@ -165,6 +219,11 @@ class StreamStatus:
             orphans=message.orphans,
             freshness=message.freshness,
             detail=message.detail,
+            freshness_parts=FreshnessParts.from_proto(message.freshness_parts),
+            lost=message.lost,
+            behind=message.behind,
+            resyncs=message.resyncs,
+            hits=HitPrediction.from_proto(message.hits),
         )
 
 
@@ -248,6 +307,7 @@ class WorkerLoad:
     cached_blocks: int
     total_blocks: int | None  # None when not known
     engine: EngineReport | None  # None while it said nothing
+    hits: HitPrediction
 
     @classmethod
     def from_proto(cls, message: admin_pb2.WorkerLoad) -> "WorkerLoad":
@@ -261,6 +321,7 @@ class WorkerLoad:
             cached_blocks=message.cached_blocks,
             total_blocks=message.total_blocks if message.HasField("total_blocks") else None,
             engine=EngineReport.from_proto(message.engine) if message.HasField("engine") else None,
+            hits=HitPrediction.from_proto(message.hits),
         )
 
 

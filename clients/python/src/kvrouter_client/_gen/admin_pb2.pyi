@@ -139,6 +139,11 @@ class StreamStatus(_message.Message):
     ORPHANS_FIELD_NUMBER: _builtins.int
     FRESHNESS_FIELD_NUMBER: _builtins.int
     DETAIL_FIELD_NUMBER: _builtins.int
+    FRESHNESS_PARTS_FIELD_NUMBER: _builtins.int
+    LOST_FIELD_NUMBER: _builtins.int
+    BEHIND_FIELD_NUMBER: _builtins.int
+    RESYNCS_FIELD_NUMBER: _builtins.int
+    HITS_FIELD_NUMBER: _builtins.int
     dp_rank: _builtins.int
     """The rank."""
     state: _common_pb2.StreamState.ValueType
@@ -169,9 +174,23 @@ class StreamStatus(_message.Message):
     """Trust in the rank's overlap, 0 to 1."""
     detail: _builtins.str
     """What is wrong, when something is."""
+    lost: _builtins.int
+    """Messages lost from the present picture; unlike `missed` it starts over with the engine."""
+    behind: _builtins.int
+    """Messages known to be published and not applied yet."""
+    resyncs: _builtins.int
+    """Times the picture was begun anew because it had foretold wrongly."""
     @_builtins.property
     def last_event_age(self) -> _duration_pb2.Duration:
         """Time since the last event; absent before the first."""
+
+    @_builtins.property
+    def freshness_parts(self) -> Global___FreshnessParts:
+        """What `freshness` is made of."""
+
+    @_builtins.property
+    def hits(self) -> Global___HitPrediction:
+        """How well the rank's cache hits were foretold."""
 
     def __init__(
         self,
@@ -192,16 +211,127 @@ class StreamStatus(_message.Message):
         orphans: _builtins.int = ...,
         freshness: _builtins.float = ...,
         detail: _builtins.str = ...,
+        freshness_parts: Global___FreshnessParts | None = ...,
+        lost: _builtins.int = ...,
+        behind: _builtins.int = ...,
+        resyncs: _builtins.int = ...,
+        hits: Global___HitPrediction | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_last_seq", b"_last_seq", "last_event_age", b"last_event_age", "last_seq", b"last_seq"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_last_seq", b"_last_seq", "freshness_parts", b"freshness_parts", "hits", b"hits", "last_event_age", b"last_event_age", "last_seq", b"last_seq"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_last_seq", b"_last_seq", "batches", b"batches", "blocks", b"blocks", "decode_failures", b"decode_failures", "detail", b"detail", "dp_rank", b"dp_rank", "freshness", b"freshness", "gaps", b"gaps", "last_event_age", b"last_event_age", "last_seq", b"last_seq", "missed", b"missed", "orphans", b"orphans", "partial", b"partial", "replays", b"replays", "restarts", b"restarts", "skipped_events", b"skipped_events", "state", b"state"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_last_seq", b"_last_seq", "batches", b"batches", "behind", b"behind", "blocks", b"blocks", "decode_failures", b"decode_failures", "detail", b"detail", "dp_rank", b"dp_rank", "freshness", b"freshness", "freshness_parts", b"freshness_parts", "gaps", b"gaps", "hits", b"hits", "last_event_age", b"last_event_age", "last_seq", b"last_seq", "lost", b"lost", "missed", b"missed", "orphans", b"orphans", "partial", b"partial", "replays", b"replays", "restarts", b"restarts", "resyncs", b"resyncs", "skipped_events", b"skipped_events", "state", b"state"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__last_seq: _TypeAlias = _typing.Literal["last_seq"]  # noqa: Y015
     _WhichOneofArgType__last_seq: _TypeAlias = _typing.Literal["_last_seq", b"_last_seq"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType__last_seq) -> _WhichOneofReturnType__last_seq | None: ...
 
 Global___StreamStatus: _TypeAlias = StreamStatus  # noqa: Y015
+
+@_typing.final
+class FreshnessParts(_message.Message):
+    """Trust in the picture of one rank's cache: `freshness` is the product of these. Each is 0 to 1, and 1 when nothing
+    speaks against the picture.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    COVERAGE_FIELD_NUMBER: _builtins.int
+    LAG_FIELD_NUMBER: _builtins.int
+    SILENCE_FIELD_NUMBER: _builtins.int
+    ORPHANS_FIELD_NUMBER: _builtins.int
+    READING_FIELD_NUMBER: _builtins.int
+    ACCURACY_FIELD_NUMBER: _builtins.int
+    coverage: _builtins.float
+    """Of the history: less when messages were lost for good, when the start is unknown, or when it is only predicted."""
+    lag: _builtins.float
+    """Less while messages are missing or the connection is down."""
+    silence: _builtins.float
+    """Less when prompts are computed there and no event tells of their blocks."""
+    orphans: _builtins.float
+    """Less when the rank holds blocks whose parents are unknown."""
+    reading: _builtins.float
+    """Less when there are events that could not be read."""
+    accuracy: _builtins.float
+    """Less when the engine found less cached than was foretold."""
+    def __init__(
+        self,
+        *,
+        coverage: _builtins.float = ...,
+        lag: _builtins.float = ...,
+        silence: _builtins.float = ...,
+        orphans: _builtins.float = ...,
+        reading: _builtins.float = ...,
+        accuracy: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["accuracy", b"accuracy", "coverage", b"coverage", "lag", b"lag", "orphans", b"orphans", "reading", b"reading", "silence", b"silence"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___FreshnessParts: _TypeAlias = FreshnessParts  # noqa: Y015
+
+@_typing.final
+class HitPrediction(_message.Message):
+    """Cache hits as foretold, against those that the engine reports with its answers (`cached_tokens`). Counts the requests
+    that this router sent and that were answered completely.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    EXACT_FIELD_NUMBER: _builtins.int
+    OVER_FIELD_NUMBER: _builtins.int
+    UNDER_FIELD_NUMBER: _builtins.int
+    FORETOLD_TOKENS_FIELD_NUMBER: _builtins.int
+    FOUND_TOKENS_FIELD_NUMBER: _builtins.int
+    ERROR_TOKENS_FIELD_NUMBER: _builtins.int
+    ACCURACY_FIELD_NUMBER: _builtins.int
+    TOLD_FIELD_NUMBER: _builtins.int
+    DRIFTING_FIELD_NUMBER: _builtins.int
+    ALARMS_FIELD_NUMBER: _builtins.int
+    exact: _builtins.int
+    """Requests of which the engine found what was foretold, to a block."""
+    over: _builtins.int
+    """Requests of which it found less."""
+    under: _builtins.int
+    """Requests of which it found more."""
+    foretold_tokens: _builtins.int
+    """Cached tokens foretold of them."""
+    found_tokens: _builtins.int
+    """Cached tokens reported for them."""
+    error_tokens: _builtins.float
+    """Running mean of the error in tokens; an error within a block is none."""
+    accuracy: _builtins.float
+    """Share of what was foretold that was found, over the last requests."""
+    told: _builtins.bool
+    """Whether the engine reports `cached_tokens`; absent while that is open. One that does not is judged by its metrics."""
+    drifting: _builtins.bool
+    """The picture is wrong: half of the last requests found less than foretold."""
+    alarms: _builtins.int
+    """Times that began."""
+    def __init__(
+        self,
+        *,
+        exact: _builtins.int = ...,
+        over: _builtins.int = ...,
+        under: _builtins.int = ...,
+        foretold_tokens: _builtins.int = ...,
+        found_tokens: _builtins.int = ...,
+        error_tokens: _builtins.float = ...,
+        accuracy: _builtins.float = ...,
+        told: _builtins.bool | None = ...,
+        drifting: _builtins.bool = ...,
+        alarms: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_told", b"_told", "told", b"told"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_told", b"_told", "accuracy", b"accuracy", "alarms", b"alarms", "drifting", b"drifting", "error_tokens", b"error_tokens", "exact", b"exact", "foretold_tokens", b"foretold_tokens", "found_tokens", b"found_tokens", "over", b"over", "told", b"told", "under", b"under"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__told: _TypeAlias = _typing.Literal["told"]  # noqa: Y015
+    _WhichOneofArgType__told: _TypeAlias = _typing.Literal["_told", b"_told"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__told) -> _WhichOneofReturnType__told | None: ...
+
+Global___HitPrediction: _TypeAlias = HitPrediction  # noqa: Y015
 
 @_typing.final
 class WorkerStatus(_message.Message):
@@ -546,6 +676,7 @@ class WorkerLoad(_message.Message):
     CACHED_BLOCKS_FIELD_NUMBER: _builtins.int
     TOTAL_BLOCKS_FIELD_NUMBER: _builtins.int
     ENGINE_FIELD_NUMBER: _builtins.int
+    HITS_FIELD_NUMBER: _builtins.int
     worker_id: _builtins.int
     """The worker."""
     dp_rank: _builtins.int
@@ -568,6 +699,10 @@ class WorkerLoad(_message.Message):
     def engine(self) -> Global___EngineReport:
         """What the engine says of itself; absent while it said nothing."""
 
+    @_builtins.property
+    def hits(self) -> Global___HitPrediction:
+        """How well its cache hits were foretold."""
+
     def __init__(
         self,
         *,
@@ -581,10 +716,11 @@ class WorkerLoad(_message.Message):
         cached_blocks: _builtins.int = ...,
         total_blocks: _builtins.int | None = ...,
         engine: Global___EngineReport | None = ...,
+        hits: Global___HitPrediction | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_total_blocks", b"_total_blocks", "engine", b"engine", "total_blocks", b"total_blocks"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_total_blocks", b"_total_blocks", "engine", b"engine", "hits", b"hits", "total_blocks", b"total_blocks"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_total_blocks", b"_total_blocks", "active_blocks", b"active_blocks", "active_requests", b"active_requests", "cached_blocks", b"cached_blocks", "dp_rank", b"dp_rank", "endpoint", b"endpoint", "engine", b"engine", "queued_prefill_tokens", b"queued_prefill_tokens", "total_blocks", b"total_blocks", "worker_id", b"worker_id", "worker_name", b"worker_name"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_total_blocks", b"_total_blocks", "active_blocks", b"active_blocks", "active_requests", b"active_requests", "cached_blocks", b"cached_blocks", "dp_rank", b"dp_rank", "endpoint", b"endpoint", "engine", b"engine", "hits", b"hits", "queued_prefill_tokens", b"queued_prefill_tokens", "total_blocks", b"total_blocks", "worker_id", b"worker_id", "worker_name", b"worker_name"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__total_blocks: _TypeAlias = _typing.Literal["total_blocks"]  # noqa: Y015
     _WhichOneofArgType__total_blocks: _TypeAlias = _typing.Literal["_total_blocks", b"_total_blocks"]  # noqa: Y015
