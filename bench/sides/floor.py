@@ -1,4 +1,7 @@
-"""Side: the least that a grpc.aio server can do: take the same messages, read nothing, answer a constant."""
+"""Side: the least that a grpc.aio server can do: take the same messages, read nothing, answer a constant.
+
+It has the options of the router's own server, so that the two differ in nothing but what they do with a call.
+"""
 
 from collections.abc import AsyncIterator
 from typing import Any
@@ -7,6 +10,8 @@ import grpc
 import uvloop
 
 from bench.side import serve
+from kvrouter_grpc.config import ServerConfig
+from kvrouter_grpc.server.server import server_options
 
 METHOD = "/kvrouter.v1.KvRouter/BestWorkerId"
 servers: list[grpc.aio.Server] = []
@@ -28,7 +33,7 @@ async def open_server(reply_hex: str) -> str:
         method: grpc.unary_unary_rpc_method_handler(unary),
         method + "Stream": grpc.stream_stream_rpc_method_handler(stream),
     }
-    server = grpc.aio.server(options=[("grpc.so_reuseport", 0), ("grpc.max_receive_message_length", 64 << 20)])
+    server = grpc.aio.server(options=server_options(ServerConfig()))
     server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(service, handlers),))
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()

@@ -101,7 +101,15 @@ def prepare_decide(workers: int, blocks_each: int, lengths: list[int]) -> dict[s
         requests = [endpoint.request(prompt) for prompt in work.pool(length).queries]
         _register(f"decide {length}", endpoint.decide, requests)
         _register(f"reply {length}", reply, requests)
+        _register(f"lease {length}", endpoint.lease, requests)
+    state["endpoint"] = endpoint
     return held
+
+
+def booking(blocks: int, rounds: int) -> dict[str, float]:
+    """Microseconds of CPU per block that is booked on a worker of `prepare_decide` and released."""
+    endpoint: Endpoint = state["endpoint"]
+    return endpoint.booking(blocks, rounds)
 
 
 # --- events ----------------------------------------------------------------------------------------------------------
@@ -172,4 +180,4 @@ def _trimmed_rss() -> int:
 
 
 if __name__ == "__main__":
-    serve([timed, count, hash_prompt, prepare_match, match, prepare_decide, prepare_events, events, memory])
+    serve([timed, count, hash_prompt, prepare_match, match, prepare_decide, booking, prepare_events, events, memory])
