@@ -16,14 +16,14 @@ class TokenIds:
         ValueError: The number of bytes is no multiple of 4.
     """
 
-    def __new__(cls, tokens: Buffer = b"") -> TokenIds: ...
+    def __init__(self, tokens: Buffer = b"") -> None: ...
     def __len__(self) -> int: ...
     def __buffer__(self, flags: int, /) -> memoryview: ...
     def fit(self, most: int, end: int) -> bool:
-        """Whether there are 1 to `most` ids, all below `end`."""
+        """Whether there are 1 to `most` ids, all below `end`; `end` is at most 2**31."""
 
     def first_at_least(self, end: int) -> int:
-        """The position of the first id that is `end` or more, -1 if there is none."""
+        """The position of the first id that is `end` or more, -1 if there is none; `end` is at most 2**31."""
 
     def tobytes(self) -> bytes:
         """The ids as little-endian u32."""

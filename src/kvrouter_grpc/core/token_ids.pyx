@@ -18,18 +18,28 @@ cdef extern from *:
     #include <stdint.h>
     #include <string.h>
 
-    /* Whether any of `count` ids is `end` or more. GCC turns this into vector code only when asked to. */
+    /* Whether any of `count` ids is `end` or more; `end` is at most 2^31. GCC turns the loops into vector code only when
+       asked to, and has to be given comparisons that SSE2 has: signed ones. */
     #if defined(__GNUC__) && !defined(__clang__)
     __attribute__((optimize("O3")))
     #endif
     static int kvrouter_any_at_least(const unsigned char* data, size_t count, uint32_t end) {
-        uint32_t found = 0;
-        for (size_t i = 0; i < count; i++) {
-            uint32_t token;
-            memcpy(&token, data + 4 * i, 4);
-            found |= token >= end;
+        uint32_t bits = 0, above = 0;
+        if ((end & (end - 1)) == 0) {  /* a power of two, as without a vocabulary size: the bits tell */
+            for (size_t i = 0; i < count; i++) {
+                uint32_t token;
+                memcpy(&token, data + 4 * i, 4);
+                bits |= token;
+            }
+            return count != 0 && bits >= end;
         }
-        return found != 0;
+        for (size_t i = 0; i < count; i++) {
+            int32_t token;
+            memcpy(&token, data + 4 * i, 4);
+            bits |= (uint32_t)token;
+            above |= (uint32_t)(token >= (int32_t)end);
+        }
+        return above != 0 || bits > INT32_MAX;
     }
 
     /* Writes a number in decimal; returns the end. Two digits at a time: half the divisions. */
@@ -64,14 +74,19 @@ cdef enum:
 cdef class TokenIds:
     """Token ids of a prompt; see `token_ids.pyi`."""
 
-    def __cinit__(self, tokens=b""):
+    def __cinit__(self):
+        self.stride = sizeof(uint32_t)
+
+    def __init__(self, tokens=b""):
+        # Ids that lie in a message are made without it: see `token_ids_in`.
         cdef const unsigned char[::1] data = memoryview(tokens).cast("B")
+        if self.owner is not None:
+            raise TypeError("token ids cannot be changed")
         if data.shape[0] % sizeof(uint32_t):
             raise ValueError(f"tokens: {data.shape[0]} bytes are no array of u32")
         self.owner = bytes(data)
         self.data = <const unsigned char*>PyBytes_AS_STRING(self.owner)
         self.count = data.shape[0] // <Py_ssize_t>sizeof(uint32_t)
-        self.stride = sizeof(uint32_t)
 
     def __len__(self):
         return self.count
@@ -97,7 +112,7 @@ cdef class TokenIds:
         view.internal = NULL
 
     cpdef bint fit(self, Py_ssize_t most, uint32_t end) noexcept:
-        """Whether there are 1 to `most` ids, all below `end`."""
+        """Whether there are 1 to `most` ids, all below `end`, which is at most 2**31."""
         return 0 < self.count <= most and not any_at_least(self.data, <size_t>self.count, end)
 
     def first_at_least(self, uint32_t end):
