@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvrouter_grpc._gen import admin_pb2, common_pb2, router_pb2
+from kvrouter_grpc.core import answer_reply
 from kvrouter_grpc.routing.router import OverlapScores, TargetOverlap
 from kvrouter_grpc.server import duration
 from kvrouter_grpc.server.reply import AnswerWriter, candidate_message, overlap_scores_reply
@@ -192,6 +193,41 @@ def test_merging_loses_and_reorders_nothing(steps):
             single[chunk.index] = (tokens + list(chunk.token_ids), text + chunk.text)
     empty = ([], "")
     assert all(merged.get(index, empty) == single.get(index, empty) for index in range(3))
+
+
+U32 = st.integers(0, 2**32 - 1)
+USAGE = st.builds(Usage, U32, U32, st.none() | U32)
+
+
+@given(
+    st.builds(
+        EngineChunk,
+        index=st.integers(0, 16383),
+        token_ids=st.lists(U32, max_size=40) | st.just(()),
+        text=st.text(max_size=200),
+        usage=st.none() | USAGE,
+    )
+)
+def test_a_plain_chunk_is_the_message_that_protobuf_would_write(chunk):
+    (message,) = AnswerWriter().write([chunk])
+    written = answer_reply(chunk)
+    assert router_pb2.GenerateResponse.FromString(written) == message
+    assert written == message.SerializeToString()
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"finish_reason": "stop"},
+        {"stop_reason": 0},
+        {"logprobs": [TokenLogprob(1, "a", -0.5)]},
+        {"top_logprobs": [[]]},
+        {"kv_transfer_params": {}},
+        {"prompt_logprobs": []},
+    ],
+)
+def test_a_chunk_with_more_is_left_to_protobuf(more):
+    assert answer_reply(EngineChunk(0, [1], "a", **more)) is None
 
 
 # --- workers ----------------------------------------------------------------------------------------------------

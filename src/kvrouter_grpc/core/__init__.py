@@ -5,7 +5,7 @@ try:
     from kvrouter_grpc.core.decider import Choice, Decider, Policy
     from kvrouter_grpc.core.kv_feed import Applied, BatchError, KvFeed
     from kvrouter_grpc.core.radix_tree import RadixTree
-    from kvrouter_grpc.core.reply_wire import best_worker_head, best_worker_reply, delimited
+    from kvrouter_grpc.core.reply_wire import answer_reply, best_worker_head, best_worker_reply, delimited
     from kvrouter_grpc.core.request_wire import entries, read_plain, split
     from kvrouter_grpc.core.target_table import TargetTable
     from kvrouter_grpc.core.token_ids import TokenIds, json_array
@@ -22,6 +22,7 @@ __all__ = [
     "RadixTree",
     "TargetTable",
     "TokenIds",
+    "answer_reply",
     "best_worker_head",
     "best_worker_reply",
     "delimited",

@@ -1,4 +1,5 @@
 from kvrouter_grpc.core.decider import Choice
+from kvrouter_grpc.types import EngineChunk
 
 def best_worker_head(worker_id: int, dp_rank: int, worker_name: str, url: str) -> bytes:
     """Write the fields of a BestWorkerIdResponse that name its target.
@@ -22,3 +23,14 @@ def best_worker_reply(
 
 def delimited(field: int, content: bytes) -> bytes:
     """Write a field that holds a message or a text: its tag, its length and its content."""
+
+def answer_reply(chunk: EngineChunk) -> bytes | None:
+    """Write a GenerateResponse of one chunk, if it has nothing but tokens, text and totals, as nearly all have.
+
+    Returns:
+        The message; None for a chunk that has more.
+
+    Raises:
+        OverflowError: A number that is no u32, or a total that is no u64.
+        UnicodeEncodeError: The text has half a surrogate pair.
+    """

@@ -1,12 +1,13 @@
-"""Writes the replies of decisions as they go over the wire, without a message object.
+"""Writes replies as they go over the wire, without a message object: those of which there are very many.
 
-What of a reply depends on its target alone is written once, as its *head*; the rest is a few numbers behind it. Fields
+What of a decision's reply depends on its target alone is written once, as its *head*; the rest is a few numbers behind it. Fields
 are in the order of their numbers and left out when they are zero, as protobuf's own serializer does.
 
 The encoding: https://protobuf.dev/programming-guides/encoding/
 """
 
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
+from cpython.unicode cimport PyUnicode_AsUTF8AndSize
 from libc.stdint cimport uint32_t, uint64_t
 from libc.string cimport memcpy
 
@@ -17,6 +18,7 @@ cdef enum:  # wire types
 
 cdef enum:
     LONGEST_VARINT = 10
+    MOST_BESIDE_CONTENT = 64  # bytes: of an answer, all but its token ids and its text
     MOST_BEHIND_HEAD = 160  # bytes: 4 + 3 varints, each with its tag, in two messages, 5 more and 2 doubles
 
 
@@ -111,3 +113,51 @@ def best_worker_reply(bytes head not None, choice, load, uint32_t prompt_tokens,
     memcpy(PyBytes_AS_STRING(reply), PyBytes_AS_STRING(head), size)
     memcpy(PyBytes_AS_STRING(reply) + size, behind, out - behind)
     return reply
+
+
+def answer_reply(chunk):
+    """A lone chunk of an answer as a GenerateResponse; see `reply_wire.pyi`."""
+    cdef list tokens
+    cdef Py_ssize_t count
+    cdef Py_ssize_t size
+    cdef const char* content
+    cdef unsigned char* start
+    cdef unsigned char* out
+    cdef unsigned char* length
+    cdef uint32_t number
+    if (
+        chunk.finish_reason is not None
+        or chunk.stop_reason is not None
+        or chunk.logprobs
+        or chunk.top_logprobs
+        or chunk.kv_transfer_params is not None
+        or chunk.prompt_logprobs is not None
+    ):
+        return None
+    tokens = list(chunk.token_ids)
+    count = len(tokens)
+    text = chunk.text
+    content = PyUnicode_AsUTF8AndSize(text, &size)
+    whole = PyBytes_FromStringAndSize(NULL, MOST_BESIDE_CONTENT + count * <Py_ssize_t>sizeof(uint32_t) + size)
+    start = out = <unsigned char*>PyBytes_AS_STRING(whole)
+    if count:
+        out = put_varint(put_varint(out, 1 << 3 | LEN), <uint64_t>count * sizeof(uint32_t))
+        for token in tokens:
+            number = token
+            memcpy(out, &number, sizeof(number))
+            out += sizeof(number)
+    if size:
+        out = put_varint(put_varint(out, 2 << 3 | LEN), <uint64_t>size)
+        memcpy(out, content, size)
+        out += size
+    out = put_number(out, 3, chunk.index)
+    usage = chunk.usage
+    if usage is not None:
+        prompt_tokens, completion_tokens, cached_tokens = usage
+        out = put_varint(out, 10 << 3 | LEN)
+        length = out
+        out = put_number(put_number(out + 1, 1, prompt_tokens), 2, completion_tokens)
+        if cached_tokens is not None:  # 0 says something too
+            out = put_varint(put_varint(out, 3 << 3 | VARINT), cached_tokens)
+        length[0] = <unsigned char>(out - length - 1)
+    return PyBytes_FromStringAndSize(<const char*>start, out - start)

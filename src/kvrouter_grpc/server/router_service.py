@@ -9,7 +9,7 @@ import grpc
 
 from kvrouter_grpc._gen import router_pb2
 from kvrouter_grpc.config import ServerConfig
-from kvrouter_grpc.core import best_worker_reply, delimited, read_plain
+from kvrouter_grpc.core import answer_reply, best_worker_reply, delimited, read_plain
 from kvrouter_grpc.errors import DrainingError, InvalidRequestError, RouterError
 from kvrouter_grpc.routing.router import Router
 from kvrouter_grpc.server import duration
@@ -76,13 +76,14 @@ class RouterService:
         self._idle: set[asyncio.Timeout] = set()  # of the streams that wait for their next batch
 
     def handlers(self) -> Mapping[str, Handler]:
-        """The methods by their names in the contract, with what reads and writes their messages."""
+        """The methods by their names in the contract, with what reads and writes their messages.
+
+        Methods that are called at a high rate give bytes: they write most of their replies without a message.
+        """
         many = batch_reader(MAX_BATCH)
         return {
-            "Generate": grpc.unary_stream_rpc_method_handler(
-                self.generate, AskedReader(router_pb2.GenerateRequest), router_pb2.GenerateResponse.SerializeToString
-            ),
-            # These write their replies themselves, and the first reads its request.
+            "Generate": grpc.unary_stream_rpc_method_handler(self.generate, AskedReader(router_pb2.GenerateRequest)),
+            # BestWorkerId reads its requests itself: most of them it need not read as a message.
             "BestWorkerId": grpc.unary_unary_rpc_method_handler(self.best_worker_id),
             "BestWorkerIdBatch": grpc.unary_unary_rpc_method_handler(self.best_worker_id_batch, many),
             "BestWorkerIdStream": grpc.stream_stream_rpc_method_handler(self.best_worker_id_stream, many),
@@ -111,7 +112,7 @@ class RouterService:
 
     async def generate(
         self, asked: Asked[router_pb2.GenerateRequest], _context: Context
-    ) -> AsyncGenerator[router_pb2.GenerateResponse, None]:
+    ) -> AsyncGenerator[bytes, None]:
         """See the contract, here and below."""
         self._refuse_when_draining()
         request = asked.message
@@ -129,7 +130,7 @@ class RouterService:
         if any(mark.partition(":")[0] == QUERY_ONLY for mark in request.annotations):
             message = router_pb2.GenerateResponse()
             write_routing_data(message.routing, router.best_worker(prompt, hints, model=model), request_id, attempts=0)
-            yield message
+            yield message.SerializeToString()
             return
         engine_request = EngineRequest(
             request_id=request_id,
@@ -143,13 +144,16 @@ class RouterService:
         writer = AnswerWriter()
         async with aclosing(self._relay.generate(router, prompt, hints, engine_request)) as steps:
             async for step in steps:
+                if step.decision is None and len(step.chunks) == 1 and (reply := answer_reply(step.chunks[0])):
+                    yield reply
+                    continue
                 messages = writer.write(step.chunks)
                 if step.decision is not None:
                     if not messages:
                         messages = [router_pb2.GenerateResponse()]
                     write_routing_data(messages[0].routing, step.decision, request_id, step.attempts, step.prefill)
                 for message in messages:
-                    yield message
+                    yield message.SerializeToString()
 
     async def best_worker_id(self, data: bytes, _context: Context) -> bytes:
         """Decide one."""
