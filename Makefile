@@ -27,9 +27,9 @@ $(VENV)/.built: $(BUILD) | $(VENV)/bin/python
 	$(BIN)/pip install --quiet --disable-pip-version-check --editable .
 	@touch $@
 
-$(VENV)/.dev: $(BUILD) clients/python/pyproject.toml | $(VENV)/bin/python
+$(VENV)/.dev: $(BUILD) clients/python/pyproject.toml clients/prefill_handler/pyproject.toml | $(VENV)/bin/python
 	@echo "building the router and installing the development tools (about two minutes the first time)"
-	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[dev]' --editable clients/python
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[dev]' --editable clients/python --editable clients/prefill_handler
 	@touch $@ $(VENV)/.built
 
 demo: $(VENV)/.built ## Router, four mock workers, real decisions and streams; ends by itself
@@ -55,7 +55,7 @@ lint: $(VENV)/.dev ## Style, types, import directions, contract, generated files
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
-	$(BIN)/mypy -p kvrouter_client
+	$(BIN)/mypy -p kvrouter_client -p kvrouter_prefill
 	$(BIN)/lint-imports
 	$(MAKE) --no-print-directory proto-check
 	$(BIN)/python tools/gen_config_docs.py --check

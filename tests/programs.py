@@ -25,7 +25,12 @@ def environment() -> dict[str, str]:
     """That of the tests without settings of the router's own, the sources importable, and drains that do not linger."""
     own = ("KVROUTER_", "DYN_")
     env = {name: value for name, value in os.environ.items() if not name.startswith(own)}
-    sources = [str(ROOT / "src"), str(ROOT / "clients/python/src"), env.get("PYTHONPATH", "")]
+    sources = [
+        str(ROOT / "src"),
+        str(ROOT / "clients/python/src"),
+        str(ROOT / "clients/prefill_handler/src"),
+        env.get("PYTHONPATH", ""),
+    ]
     return env | {
         "PYTHONPATH": os.pathsep.join(filter(None, sources)),
         "PATH": os.pathsep.join([str(Path(sys.executable).parent), env.get("PATH", "")]),

@@ -8,6 +8,7 @@ of its own, first on PYTHONPATH: a second engine costs seconds and half a gigaby
 
     .cache/vllm/common/     virtual environment: tests/e2e/requirements/common.txt
     .cache/vllm/0.32.0/     tests/e2e/requirements/vllm-0.32.0.txt, and so on for each such file
+    .cache/vllm/nixl/       tests/e2e/requirements/nixl.txt: what moves KV blocks between engines
     .cache/vllm/model/      the tiny random Llama of tests/e2e/tiny_model.py, and model-lora/ beside it
 
 Every part carries a stamp of what it was built from; a part whose stamp differs is built again from nothing.
@@ -93,7 +94,7 @@ def build_common() -> None:
 
 
 def build_engine(requirements: Path, folder: Path) -> None:
-    """One vLLM, importable from `folder`."""
+    """One vLLM, or what it can do without, importable from `folder`."""
     pip_install(folder.name, requirements, "--target", folder)
 
 
@@ -104,7 +105,7 @@ def build_model() -> None:
 
 def parts() -> list[tuple[Path, list[Path], Callable[[], None]]]:
     """Folder, the files it is built from, and how, in building order."""
-    common = REQUIREMENTS / "common.txt"
+    common, nixl = REQUIREMENTS / "common.txt", REQUIREMENTS / "nixl.txt"
     engines: list[tuple[Path, list[Path], Callable[[], None]]] = []
     for file in sorted(REQUIREMENTS.glob("vllm-*.txt")):
         folder = CACHE / file.stem.removeprefix("vllm-")
@@ -112,6 +113,7 @@ def parts() -> list[tuple[Path, list[Path], Callable[[], None]]]:
     return [
         (PYTHON.parent.parent, [common], build_common),
         *engines,
+        (CACHE / "nixl", [common, nixl], partial(build_engine, nixl, CACHE / "nixl")),
         (MODEL, [common, E2E / "tiny_model.py"], build_model),
     ]
 

@@ -16,6 +16,7 @@ FLEETS = {
     "0.28.0": EngineOptions(block_size=16, blocks=128, tells_event_sockets=False),
 }
 TWO_RANKS = EngineOptions(block_size=32, blocks=64, lora=False, dp_size=2)
+POOLS = EngineOptions(block_size=32, blocks=64, lora=False, kv_transfer=True)
 FIRST_WORD = 5  # the tokens below are special
 LOG_TAIL = 40
 STARTED = pytest.StashKey[float]()
@@ -95,6 +96,12 @@ def running_ranks(zygote: Callable[[str], Zygote], logs: Path) -> Generator[list
     yield from run_engines(zygote("0.32.0"), ["ranks"], TWO_RANKS, logs)
 
 
+@pytest.fixture(scope="session")
+def running_pools(zygote: Callable[[str], Zygote], logs: Path) -> Generator[list[Engine], None, None]:
+    """An engine that computes prompts and one that generates, with NIXL between them."""
+    yield from run_engines(zygote("0.32.0"), ["prefill", "decode"], POOLS, logs)
+
+
 @pytest.fixture
 async def fleet(running_fleet: list[Engine]) -> list[Engine]:
     """Two engines that have nothing cached."""
@@ -112,12 +119,23 @@ async def ranks(running_ranks: list[Engine]) -> Engine:
 
 
 @pytest.fixture
+async def pools(running_pools: list[Engine]) -> tuple[Engine, Engine]:
+    """A prefill and a decode engine that have nothing cached."""
+    prefill, decode = running_pools
+    for engine in running_pools:
+        await engine.clear()
+    return prefill, decode
+
+
+@pytest.fixture
 def launch(logs: Path, request: pytest.FixtureRequest) -> Launch:
     """Prepare a router in front of engines; `async with` starts it and, at the end, checks that it drains and exits 0."""
     name = request.node.name.replace("/", "-")
 
-    def prepare(engines: Sequence[Engine], flags: Sequence[str] = (), *, discover: bool = False) -> Router:
-        return Router(engines, logs / f"router-{name}.log", flags, discover=discover)
+    def prepare(
+        engines: Sequence[Engine], flags: Sequence[str] = (), *, discover: bool = False, prefill: Sequence[Engine] = ()
+    ) -> Router:
+        return Router(engines, logs / f"router-{name}.log", flags, discover=discover, prefill=prefill)
 
     return prepare
 

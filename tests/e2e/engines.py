@@ -67,6 +67,7 @@ class EngineOptions:
     lora: bool = True
     dp_size: int = 1
     tells_event_sockets: bool = True  # GET /kv_event_sources
+    kv_transfer: bool = False  # a NIXL connector, for prefill and decode pools
 
     def arguments(self, port: int, events: int, replay: int) -> list[str]:
         """The command line of `vllm serve`."""
@@ -94,6 +95,9 @@ class EngineOptions:
         }
         words = [str(word) for flag in flags.items() for word in flag]
         words += ["--enforce-eager", "--enable-prefix-caching", "--enable-prompt-tokens-details"]
+        if self.kv_transfer:
+            connector = {"kv_connector": "NixlConnector", "kv_role": "kv_both", "kv_buffer_device": "cpu"}
+            words += ["--kv-transfer-config", json.dumps(connector)]
         if self.lora:
             words += ["--enable-lora", "--max-lora-rank", "8", "--lora-modules", f"{LORA_NAME}={MODEL}-lora"]
         return words
@@ -116,7 +120,7 @@ class Zygote:
         self.log = log
         environment = {
             **os.environ,
-            "PYTHONPATH": str(CACHE / version),
+            "PYTHONPATH": os.pathsep.join([str(CACHE / version), str(CACHE / "nixl")]),
             "XDG_CACHE_HOME": str(CACHE / "home"),
             "XDG_CONFIG_HOME": str(CACHE / "home"),
             "HF_HUB_OFFLINE": "1",
@@ -180,6 +184,7 @@ class Engine:
         self._port = free_ports(1)
         self._events = free_ports(options.dp_size)
         self._replay = free_ports(options.dp_size)
+        self._side_channel = free_ports(options.dp_size)
         self.url = f"http://127.0.0.1:{self._port}"
         self.events = f"tcp://127.0.0.1:{self._events}"
         self.replay = f"tcp://127.0.0.1:{self._replay}"
@@ -197,7 +202,17 @@ class Engine:
     def start(self) -> None:
         """Fork it; it serves once `wait_ready` returns."""
         arguments = self.options.arguments(self._port, self._events, self._replay)
-        self._zygote.ask("start", name=self.name, log=str(self.log), arguments=arguments)
+        environment = {
+            "VLLM_NIXL_SIDE_CHANNEL_HOST": "127.0.0.1",
+            "VLLM_NIXL_SIDE_CHANNEL_PORT": str(self._side_channel),
+        }
+        self._zygote.ask(
+            "start",
+            name=self.name,
+            log=str(self.log),
+            arguments=arguments,
+            environment=environment if self.options.kv_transfer else {},
+        )
 
     def wait_ready(self) -> None:
         """Wait until `/health` answers 200."""
@@ -287,13 +302,15 @@ class Engine:
                 last = again
         return last if last >= 0 else None
 
-    async def metric(self, name: str) -> float:
-        """A gauge or counter of `/metrics`, summed over its label sets."""
+    async def metric(self, name: str, **labels: str) -> float:
+        """A gauge or counter of `/metrics`, summed over its label sets that have these labels."""
         async with aiohttp.ClientSession() as session, session.get(f"{self.url}/metrics") as response:
             text = await response.text()
-        values = re.findall(rf"^{re.escape(name)}(?:\{{[^}}]*\}})? (\S+)$", text, re.MULTILINE)
+        found = re.findall(rf"^{re.escape(name)}(?:\{{([^}}]*)\}})? (\S+)$", text, re.MULTILINE)
+        wanted = {f'{label}="{value}"' for label, value in labels.items()}
+        values = [float(value) for said, value in found if wanted <= set(said.split(","))]
         assert values, f"{name} is not in /metrics of {self.name}"
-        return sum(float(value) for value in values)
+        return sum(values)
 
 
 async def _last_replayed(dealer: zmq.asyncio.Socket, after: int) -> int:

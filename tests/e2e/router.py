@@ -34,14 +34,15 @@ from kvrouter_client import (
 )
 
 ENDPOINT = "dynamo.backend.generate"
+PREFILL = "dynamo.prefill.generate"
 START_TIMEOUT_S = 30.0
 STOP_TIMEOUT_S = 10.0
 GENERATE_TIMEOUT_S = 60.0
 
 
-def worker_flag(engine: Engine, *, discover: bool) -> str:
+def worker_flag(engine: Engine, endpoint: str = ENDPOINT, *, discover: bool) -> str:
     """`--worker` for an engine; with `discover` it must tell the rest itself."""
-    words = {"name": engine.name, "url": engine.url}
+    words = {"name": engine.name, "url": engine.url, "endpoint": endpoint}
     if not discover:
         words |= {"events": engine.events, "replay": engine.replay, "dp": str(engine.options.dp_size)}
     return ",".join(f"{key}={value}" for key, value in words.items())
@@ -103,20 +104,31 @@ class Router:
         log: Where its stderr goes.
         flags: Further flags.
         discover: Give the workers' urls only.
+        prefill: Workers that compute the prompts of the others.
     """
 
     client: KvRouterClient
     admin: KvRouterAdminClient
 
     def __init__(
-        self, engines: Sequence[Engine], log: Path, flags: Sequence[str] = (), *, discover: bool = False
+        self,
+        engines: Sequence[Engine],
+        log: Path,
+        flags: Sequence[str] = (),
+        *,
+        discover: bool = False,
+        prefill: Sequence[Engine] = (),
     ) -> None:
-        self.engines = engines
+        self.engines = [*engines, *prefill]
         self.log = log
         self._command = [sys.executable, "-m", "kvrouter_grpc", "serve", "--endpoint", ENDPOINT]
         self._command += ["--listen", "127.0.0.1:0", "--drain-propagation-s", "0", *flags]
         for engine in engines:
             self._command += ["--worker", worker_flag(engine, discover=discover)]
+        if prefill:
+            self._command += ["--endpoint", PREFILL, "--router-prefill-endpoint", PREFILL]
+        for engine in prefill:
+            self._command += ["--worker", worker_flag(engine, PREFILL, discover=discover)]
 
     async def __aenter__(self) -> Self:
         with self.log.open("ab") as output:
@@ -166,6 +178,7 @@ class Router:
 
     def stream(self, tokens: Sequence[int], max_tokens: int = 1, **options: Any) -> GenerateStream:
         """Generate greedily, to exactly `max_tokens`."""
+        options.setdefault("endpoint", ENDPOINT)
         stop = StopConditions(max_tokens=max_tokens, ignore_eos=True)
         return self.client.generate(tokens, stop_conditions=stop, temperature=0, **options)
 

@@ -5,7 +5,7 @@
 Runs with the Python of the engines and knows nothing of the tests. Commands are JSON lines on stdin, each answered by
 one JSON line on stdout; the end of stdin kills every engine.
 
-    {"do": "start", "name": N, "log": PATH, "arguments": [...]}            -> {"pid": P}
+    {"do": "start", "name": N, "log": PATH, "arguments": [...], "environment": {...}}   -> {"pid": P}
     {"do": "poll", "name": N}                                  -> {"exit": null while it runs, else its exit status}
     {"do": "stop", "name": N, "number": SIGNAL}                         -> {"exit": status}
 
@@ -87,12 +87,13 @@ class Nursery:
         self._pids: dict[str, int] = {}  # still running, as far as is known
         self._exits: dict[str, int] = {}
 
-    def start(self, name: str, log: str, arguments: list[str]) -> dict[str, Any]:
+    def start(self, name: str, log: str, arguments: list[str], environment: dict[str, str]) -> dict[str, Any]:
         """Fork one engine."""
         pid = os.fork()
         if pid == 0:
             status = 1
             try:
+                os.environ.update(environment)  # vLLM reads its variables when it needs them
                 serve(log, arguments)
                 status = 0
             except BaseException:  # noqa: BLE001 - the log is the only place left to tell

@@ -69,7 +69,7 @@ def steady(answer: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in answer.items() if key not in VOLATILE}
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/quickstart.md"])
+@pytest.mark.parametrize("page", ["README.md", "docs/quickstart.md", "docs/disaggregated.md"])
 def test_marked_blocks_do_what_the_page_says(page: str) -> None:
     marked = [block for block in blocks(ROOT / page) if block.marker]
     assert {block.marker for block in marked} == {"run: background", "run", "answer"}

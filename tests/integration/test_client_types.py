@@ -44,6 +44,7 @@ PAIRS: list[tuple[type[Any], type[Message], dict[str, str]]] = [
     (fleet.FreshnessParts, admin_pb2.FreshnessParts, {}),
     (fleet.HitPrediction, admin_pb2.HitPrediction, {}),
     (fleet.EngineReport, admin_pb2.EngineReport, {}),
+    (fleet.PrefillCount, admin_pb2.PrefillCount, {}),
     (fleet.IndexStats, admin_pb2.IndexStats, {}),
 ]
 

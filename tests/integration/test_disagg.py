@@ -10,7 +10,7 @@ import aiohttp
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from integration.stack import ENDPOINT, FAST, Stack, router_pb2, running, until
+from integration.stack import ENDPOINT, FAST, Stack, admin_pb2, router_pb2, running, until
 from kvrouter_grpc.mock_worker import MockWorker, MockWorkerConfig
 from kvrouter_grpc.routing.router import Router
 from kvrouter_grpc.routing.workers import worker_id_of
@@ -230,6 +230,11 @@ async def test_a_killed_prefill_worker_leaves_the_prompt_to_the_decode_worker() 
         await until(lambda: state(stack, "p0") == "ready")
         _, back = await ask(stack)
         assert back.prefill.remote
+        reply = await stack.admin.GetLoads(admin_pb2.GetLoadsRequest(endpoint=ENDPOINT))
+        counts = {entry.reason: entry.count for entry in reply.prefills}
+        assert counts[""] == 1
+        assert counts["NO_WORKERS"] >= 1
+        assert sum(counts.values()) == 3
 
 
 async def test_a_prefill_worker_without_a_connector() -> None:

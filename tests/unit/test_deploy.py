@@ -99,6 +99,79 @@ def test_images_are_pinned_where_the_kustomization_says() -> None:
     assert container(ROUTER)["image"] == f"kvrouter-grpc:{__version__}"
 
 
+# --- the overlay with prefill and decode pools ----------------------------------------------------------------------
+
+
+DISAGGREGATED = ROOT / "deploy" / "disaggregated"
+
+
+def added(resource: Resource, patch: Path) -> Resource:
+    """The resource with a JSON patch that only adds."""
+    changed: Resource = json.loads(json.dumps(resource))
+    for operation in yaml.safe_load(patch.read_text()):
+        assert operation["op"] == "add"
+        *path, last = [part.replace("~1", "/") for part in operation["path"].split("/")[1:]]
+        place: Any = changed
+        for part in path:
+            place = place[int(part)] if isinstance(place, list) else place[part]
+        if last == "-":
+            place.append(operation["value"])
+        else:
+            place[last] = operation["value"]
+    return changed
+
+
+PREFILL = yaml.safe_load((DISAGGREGATED / "prefill-statefulset.yaml").read_text())
+DECODE = added(ENGINE, DISAGGREGATED / "decode.patch.yaml")
+POLICY = added(find("NetworkPolicy", "vllm"), DISAGGREGATED / "networkpolicy.patch.yaml")
+
+
+def test_every_file_is_part_of_the_overlay() -> None:
+    overlay = yaml.safe_load((DISAGGREGATED / "kustomization.yaml").read_text())
+    patches = {patch["path"]: patch["target"]["kind"] for patch in overlay["patches"]}
+    assert patches == {"decode.patch.yaml": "StatefulSet", "networkpolicy.patch.yaml": "NetworkPolicy"}
+    own = ["kustomization.yaml", "prefill-statefulset.yaml", "router-config.yaml", *patches]
+    assert sorted(path.name for path in DISAGGREGATED.iterdir()) == sorted(own)
+    assert overlay["resources"] == ["../base", "prefill-statefulset.yaml"]
+    assert overlay["images"] == [each for each in KUSTOMIZATION["images"] if each["name"].startswith("vllm")]
+
+
+@pytest.mark.parametrize("resource", [PREFILL, DECODE, POLICY], ids=label)
+def test_resource_of_the_overlay_is_valid(resource: Resource) -> None:
+    kubernetes_validate.validate(resource, kubernetes_validate.latest_version(), strict=True)
+
+
+def test_pools_differ_in_name_and_label_only() -> None:
+    prefill, decode = json.loads(json.dumps(PREFILL)), json.loads(json.dumps(DECODE))
+    for pool, name in ((prefill, "prefill"), (decode, "decode")):
+        labels = pool["spec"]["template"]["metadata"]["labels"]
+        assert pool["spec"]["selector"]["matchLabels"] == labels
+        assert labels.pop("app.kubernetes.io/component") == name
+        del pool["spec"]["selector"], pool["spec"]["replicas"], pool["metadata"]
+    connector = "--kv-transfer-config="
+    for pool in (prefill, decode):
+        (given,) = [each for each in container(pool)["args"] if each.startswith(connector)]
+        assert json.loads(given.removeprefix(connector))["kv_connector"] == "NixlConnector"
+    assert prefill == decode
+
+
+def test_workers_of_the_overlay_are_pods_of_their_pool() -> None:
+    config = load({}, {}, DISAGGREGATED / "router-config.yaml")
+    assert config.warnings == ()
+    assert config.prefill_pools() == {"dynamo.decode.generate": "dynamo.prefill.generate"}
+    for pool, endpoint in ((PREFILL, "dynamo.prefill.generate"), (DECODE, "dynamo.decode.generate")):
+        names = [worker.name for worker in config.workers if worker.endpoint == endpoint]
+        assert names == [f"{pool['metadata']['name']}-{i}" for i in range(pool["spec"]["replicas"])]
+    for worker in config.workers:
+        assert urlsplit(worker.url).hostname == f"{worker.name}.{ENGINE['spec']['serviceName']}"
+
+
+def test_engines_of_the_pools_reach_each_other() -> None:
+    router, engines = POLICY["spec"]["ingress"]
+    assert "ports" in router
+    assert engines == {"from": [{"podSelector": {"matchLabels": ENGINE["spec"]["selector"]["matchLabels"]}}]}
+
+
 @WORKLOADS
 def test_selectors_match_the_pods(workload: Resource) -> None:
     labels = workload["spec"]["template"]["metadata"]["labels"]

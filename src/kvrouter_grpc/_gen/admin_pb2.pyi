@@ -816,6 +816,36 @@ class IndexStats(_message.Message):
 Global___IndexStats: _TypeAlias = IndexStats  # noqa: Y015
 
 @_typing.final
+class PrefillCount(_message.Message):
+    """How often a prompt of an endpoint with a prefill pool was computed in one way."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ENDPOINT_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    COUNT_FIELD_NUMBER: _builtins.int
+    endpoint: _builtins.str
+    """The endpoint that generates."""
+    reason: _builtins.str
+    """Why its own worker computed the prompt, as in `PrefillData.reason`; empty for those that the pool computed."""
+    count: _builtins.int
+    """Prompts since the router started."""
+    def __init__(
+        self,
+        *,
+        endpoint: _builtins.str = ...,
+        reason: _builtins.str = ...,
+        count: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["count", b"count", "endpoint", b"endpoint", "reason", b"reason"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PrefillCount: _TypeAlias = PrefillCount  # noqa: Y015
+
+@_typing.final
 class GetLoadsResponse(_message.Message):
     """Loads and index."""
 
@@ -823,6 +853,7 @@ class GetLoadsResponse(_message.Message):
 
     LOADS_FIELD_NUMBER: _builtins.int
     INDEXES_FIELD_NUMBER: _builtins.int
+    PREFILLS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def loads(self) -> _containers.RepeatedCompositeFieldContainer[Global___WorkerLoad]:
         """Every target, sorted by endpoint, name and rank."""
@@ -831,15 +862,20 @@ class GetLoadsResponse(_message.Message):
     def indexes(self) -> _containers.RepeatedCompositeFieldContainer[Global___IndexStats]:
         """One per endpoint."""
 
+    @_builtins.property
+    def prefills(self) -> _containers.RepeatedCompositeFieldContainer[Global___PrefillCount]:
+        """Of endpoints with a prefill pool, sorted by endpoint and reason."""
+
     def __init__(
         self,
         *,
         loads: _abc.Iterable[Global___WorkerLoad] | None = ...,
         indexes: _abc.Iterable[Global___IndexStats] | None = ...,
+        prefills: _abc.Iterable[Global___PrefillCount] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["indexes", b"indexes", "loads", b"loads"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["indexes", b"indexes", "loads", b"loads", "prefills", b"prefills"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -12,6 +12,7 @@ from kvrouter_grpc.server.endpoints import Endpoints
 from kvrouter_grpc.server.violations import Violations
 from kvrouter_grpc.server.worker_messages import index_stats, read_spec, worker_loads, worker_status
 from kvrouter_grpc.types import WorkerSpec
+from kvrouter_grpc.upstream.relay import Relay
 
 
 class AdminService(admin_pb2_grpc.KvRouterAdminServicer):
@@ -20,11 +21,13 @@ class AdminService(admin_pb2_grpc.KvRouterAdminServicer):
     Args:
         routers: Endpoint to router.
         fleet: The workers.
+        relay: What forwards to them.
     """
 
-    def __init__(self, routers: Mapping[str, Router], fleet: Fleet) -> None:
+    def __init__(self, routers: Mapping[str, Router], fleet: Fleet, relay: Relay) -> None:
         self._endpoints = Endpoints(routers)
         self._fleet = fleet
+        self._relay = relay
 
     async def ListWorkers(  # noqa: N802 - the names of the rpcs, here and below
         self, request: admin_pb2.ListWorkersRequest, _context: Context
@@ -80,6 +83,8 @@ class AdminService(admin_pb2_grpc.KvRouterAdminServicer):
         for router in self._endpoints.some(request.endpoint):
             response.loads.extend(worker_loads(self._fleet.workers(router.endpoint), router))
             response.indexes.append(index_stats(router))
+            for reason, count in sorted(self._relay.prefills(router.endpoint).items()):
+                response.prefills.add(endpoint=router.endpoint, reason=reason, count=count)
         return response
 
 

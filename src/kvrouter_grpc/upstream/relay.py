@@ -49,6 +49,11 @@ class Relay:
         self._on_failure = on_failure
         self._legs = legs or {}
 
+    def prefills(self, endpoint: str) -> Mapping[str, int]:
+        """How often the endpoint's prefill pool computed a prompt (""), and how often why not."""
+        leg = self._legs.get(endpoint)
+        return {} if leg is None else leg.outcomes
+
     async def generate(
         self, router: Router, prompt: Prompt, hints: RoutingHints, request: EngineRequest
     ) -> AsyncGenerator[RelayStep, None]:

@@ -342,11 +342,26 @@ class IndexStats:
 
 
 @dataclass(frozen=True, slots=True)
+class PrefillCount:
+    """How often a prompt of an endpoint with a prefill pool was computed in one way."""
+
+    endpoint: str
+    reason: str  # why its own worker computed the prompt; empty for those that the pool computed
+    count: int
+
+    @classmethod
+    def from_proto(cls, message: admin_pb2.PrefillCount) -> "PrefillCount":
+        """Convert."""
+        return cls(message.endpoint, message.reason, message.count)
+
+
+@dataclass(frozen=True, slots=True)
 class Loads:
     """Loads, sorted by endpoint, name and rank, and one index per endpoint."""
 
     loads: tuple[WorkerLoad, ...]
     indexes: tuple[IndexStats, ...]
+    prefills: tuple[PrefillCount, ...] = ()
 
     @classmethod
     def from_proto(cls, message: admin_pb2.GetLoadsResponse) -> "Loads":
@@ -354,4 +369,5 @@ class Loads:
         return cls(
             tuple(WorkerLoad.from_proto(each) for each in message.loads),
             tuple(IndexStats.from_proto(each) for each in message.indexes),
+            tuple(PrefillCount.from_proto(each) for each in message.prefills),
         )
