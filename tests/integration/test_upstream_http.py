@@ -2,6 +2,7 @@ import asyncio
 import json
 import socket
 import struct
+import threading
 import time
 from array import array
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
@@ -583,3 +584,40 @@ class TestProbes:
             assert await client.health() is Health.SLOW
         async with raw(b"\x00" * 100) as engine, client_of(engine.url) as client:
             assert await client.health() is Health.GONE
+
+
+async def test_an_answer_that_comes_while_the_router_is_held_up_is_read() -> None:
+    rest = token(2, "length") + DONE
+    sent, more = threading.Event(), threading.Event()
+
+    def serve(listening: socket.socket) -> None:
+        connection, _ = listening.accept()
+        with connection, connection.makefile("rb") as reader:
+            while not (line := reader.readline()).lower().startswith(b"content-length:"):
+                pass
+            while reader.readline() != b"\r\n":
+                pass
+            reader.read(int(line.split(b":")[1]))
+            connection.sendall(HEAD + chunked(token(1)))
+            more.wait()
+            connection.sendall(chunked(rest) + b"0\r\n\r\n")
+            sent.set()
+            reader.read()  # until the client leaves
+
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        thread = threading.Thread(target=serve, args=(listening,))
+        thread.start()
+        async with engine_session() as session:
+            client = VllmHttpClient(f"http://127.0.0.1:{listening.getsockname()[1]}", session, UpstreamConfig())
+            answer = client.generate(request(), None)
+            first = await anext(answer)
+            waiting = asyncio.ensure_future(anext(answer))
+            for _ in range(3):
+                await asyncio.sleep(0)  # it waits for bytes now
+            more.set()
+            sent.wait()
+            time.sleep(0.6)  # noqa: ASYNC251 - longer than between two looks at the connection
+            second = await waiting
+            assert [chunk.token_ids for chunk in [*first, *second]] == [[1], [2]]
+            assert [_ async for _ in answer] == []
+        thread.join()

@@ -243,6 +243,10 @@ class VllmHttpClient:
                 left_s = deadline - clock()
                 return await patience.within(min(left_s, _LOOK_AT_CONNECTION_S), response.content.readany())
             except TimeoutError:
+                # A complete body gives its connection back. After the process was held up, one may have come at the
+                # very end of the wait: it is there to be read.
+                if response.content.is_eof():
+                    continue
                 now = clock()
                 if now >= deadline:
                     raise
