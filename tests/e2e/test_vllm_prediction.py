@@ -65,6 +65,11 @@ async def test_every_prediction_is_what_the_engine_reports(
         await router.settle(served)
     assert min(hits, misses, full, evicted) > 0, f"{hits=} {misses=} {full=} {evicted=}"
 
+    streams = [await router.event_stream(engine) for engine in fleet]
+    assert sum(stream.hits.exact for stream in streams) == 60
+    assert {(stream.hits.over, stream.hits.under, stream.hits.told) for stream in streams} == {(0, 0, True)}
+    assert [stream.freshness for stream in streams] == [1.0, 1.0]
+
 
 async def test_eviction_lowers_the_overlap_to_what_the_engine_still_hits(
     fleet: list[Engine], router: Router, prompt: Prompts

@@ -145,7 +145,7 @@ async def test_prompts_that_no_event_tells_of_cost_trust(monkeypatch):
         await until(lambda: trust().silence == 0.25, "four prompts without an echo")
         stream, findings = await status(stack, "x")
         assert (stream.freshness, stream.freshness_parts.silence) == (0.25, 0.25)
-        assert "4 prompts were computed there and no event has told of their blocks" in findings[0]
+        assert "no event has told of the blocks of prompts that were computed there (4)" in findings[0]
         request = router_pb2.BestWorkerIdRequest(token_ids=words(9, 64), routing=to("x"))
         async with asyncio.timeout(5):
             while (await stack.stub.BestWorkerId(request)).freshness != 0.25:  # noqa: ASYNC110

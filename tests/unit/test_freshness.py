@@ -171,9 +171,11 @@ class TestStatus:
         status = self.status()
         assert status.told(self.seen(status)) == ""
         status.unread = 3
-        assert status.told(self.seen(status)).startswith("3 events could not be read")
+        assert status.told(self.seen(status)).startswith("events that could not be read (3)")
         status.prompts.computed(50.0, 51.0)
-        assert status.told(self.seen(status)).startswith("1 prompts were computed there and no event")
+        assert status.told(self.seen(status)).startswith(
+            "no event has told of the blocks of prompts that were computed there (1)"
+        )
         status.state, status.detail = StreamState.STALE, "2 batches are lost"
         assert status.told(self.seen(status)) == "2 batches are lost"
         status.state = StreamState.COLD

@@ -207,6 +207,14 @@ class StreamMachine(RuleBasedStateMachine):
         self.restart_to_report = False
         self.after(self.tracker.restarted())
 
+    @precondition(lambda self: not self.old_process_in_flight)
+    @rule()
+    def resync(self) -> None:
+        """The picture foretold wrongly, whatever the numbers say."""
+        restarts = self.tracker.restarts
+        self.after(self.tracker.resync())
+        assert self.tracker.restarts == restarts
+
     # --- judgement ------------------------------------------------------------------------------------------------
 
     @invariant()
@@ -242,7 +250,10 @@ class StreamMachine(RuleBasedStateMachine):
         state = self.tracker.state
         assert state in (StreamState.LIVE, StreamState.STALE)
         assert self.applied[-1] == everything[-1], "a live worker must be indexed"
+        tracker = self.tracker
+        assert (tracker.taken, tracker.behind) == (len(self.applied), 0)
         if state is StreamState.LIVE:
+            assert (tracker.lost, tracker.doubted) == (0, False), "what is repaired is trusted again"
             dead = {process for process, _ in self.applied} - {self.publisher.process}
             assert not dead, "blocks of a dead process remain"
         if state is StreamState.LIVE and not self.tracker.partial:

@@ -183,6 +183,9 @@ a 7"""
         for _ in samples(b'm{x="' + garbage + b"\nm" + garbage, {"m"}):
             pass
 
+    def test_a_metric_without_end_is_read_in_part(self) -> None:
+        assert len(list(samples(b"m 1\n" * 1_000_000, {"m"}))) == 4096
+
     def test_a_hostile_line_takes_no_time(self) -> None:
         page = b"m{" + b'"\\\\"' * 16_000 + b"\n" + b'm{a="' + b'\\"' * 30_000 + b"\n" + b"m" * 10_000_000
         assert list(samples(page, {"m"})) == []

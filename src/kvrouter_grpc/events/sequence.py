@@ -149,7 +149,9 @@ class StreamTracker:
     @property
     def behind(self) -> int:
         """Batches that are known to be published and are not taken: missing, or held back."""
-        return max(0, self._live_high + 1 - self.next_seq)
+        if not (self._held.count or self._hole):
+            return 0  # the highest number heard may be that of a process that is gone
+        return max(1, self._live_high + 1 - self.next_seq)
 
     @property
     def doubted(self) -> bool:

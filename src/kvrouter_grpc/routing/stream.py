@@ -197,11 +197,11 @@ class StreamStatus:
         """One sentence for the operator, "" when there is nothing to say."""
         if seen.silent_prompts and self.state in (StreamState.COLD, StreamState.LIVE):
             return (
-                f"{seen.silent_prompts} prompts were computed there and no event has told of their blocks: are KV "
+                f"no event has told of the blocks of prompts that were computed there ({seen.silent_prompts}): are KV "
                 "events enabled, and is this their address and topic?"
             )
         if self.detail:
             return self.detail
         if seen.unread:
-            return f"{seen.unread} events could not be read: they are newer than this router, or broken"
+            return f"events that could not be read ({seen.unread}): they are newer than this router, or broken"
         return ""

@@ -35,6 +35,7 @@ _STREAM_STATES = {
     StreamState.OFF: common_pb2.STREAM_STATE_OFF,
     StreamState.PREDICTED: common_pb2.STREAM_STATE_PREDICTED,
 }
+_MOST = 2**64 - 1
 _ENTRY_NAMES = {"models": "model", "dp_size": "dp"}  # where the configuration names a setting differently
 
 
@@ -100,15 +101,20 @@ def spec_message(spec: WorkerSpec) -> admin_pb2.WorkerSpec:
     )
 
 
+def _counter(value: int) -> int:
+    """What fits into the field: sequence numbers are the publisher's, and may be anything."""
+    return min(value, _MOST)
+
+
 def _stream_status(view: StreamView) -> admin_pb2.StreamStatus:
     stream, trust = view.status, freshness(view.evidence)
     status = admin_pb2.StreamStatus(
         dp_rank=view.dp_rank,
         state=_STREAM_STATES[stream.state],
-        last_seq=stream.last_seq if stream.last_seq >= 0 else None,
+        last_seq=_counter(stream.last_seq) if stream.last_seq >= 0 else None,
         batches=stream.batches,
         gaps=stream.gaps,
-        missed=stream.missed,
+        missed=_counter(stream.missed),
         replays=stream.replays,
         restarts=stream.restarts,
         decode_failures=stream.decode_failures,
@@ -126,8 +132,8 @@ def _stream_status(view: StreamView) -> admin_pb2.StreamStatus:
             reading=trust.reading,
             accuracy=trust.accuracy,
         ),
-        lost=stream.lost,
-        behind=stream.behind,
+        lost=_counter(stream.lost),
+        behind=_counter(stream.behind),
         resyncs=stream.resyncs,
         hits=_hit_prediction(view.hits),
     )

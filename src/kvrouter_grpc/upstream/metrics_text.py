@@ -7,6 +7,7 @@ never looked at.
 
 import re
 from collections.abc import Collection, Iterator, Mapping
+from itertools import islice
 from typing import NamedTuple
 
 # name, optional {labels}, value; a timestamp may follow. Label values are quoted, so "}" may stand inside
@@ -15,6 +16,7 @@ _SAMPLE = re.compile(r'([a-zA-Z_:][a-zA-Z0-9_:]*)(?:\{((?:[^"}]|"(?:[^"\\]|\\.)*
 _LABEL = re.compile(r'([a-zA-Z_][a-zA-Z0-9_]*)[ \t]*=[ \t]*"((?:[^"\\]|\\.)*)"')
 _ESCAPE = re.compile(r"\\(.)")
 _MAX_LINE_CHARS = 65536
+_MAX_LINES = 4096  # of one metric: far more than an engine has ranks
 
 
 class Sample(NamedTuple):
@@ -33,7 +35,7 @@ def samples(page: bytes, names: Collection[str]) -> Iterator[Sample]:
     """
     page = b"\n" + page  # every line has one before it now
     for name in names:
-        for line in _lines(page, b"\n" + name.encode()):
+        for line in islice(_lines(page, b"\n" + name.encode()), _MAX_LINES):
             match = _SAMPLE.match(line.decode("utf-8", "replace"))
             if match is None or match[1] != name:  # another metric may begin with a wanted name
                 continue
