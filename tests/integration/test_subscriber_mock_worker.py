@@ -13,6 +13,7 @@ import zmq.asyncio
 
 from integration.mock_client import complete, fast, http_session
 from kvrouter_grpc.config import EventsConfig
+from kvrouter_grpc.events.rota import Rota
 from kvrouter_grpc.events.subscriber import EventSource, Subscriber
 from kvrouter_grpc.mock_worker import MockWorker, MockWorkerConfig
 from kvrouter_grpc.mock_worker.block_hash import CacheScope
@@ -36,7 +37,8 @@ class Follower:
         source = EventSource(
             worker.events_endpoints[rank], worker.replay_endpoints[rank] if replay else None, worker.config.topic
         )
-        self.subscriber = Subscriber(TARGET, source, self.index, CONFIG, context, rng=random.Random(1))
+        self.rota = Rota()
+        self.subscriber = Subscriber(TARGET, source, self.index, CONFIG, context, rota=self.rota, rng=random.Random(1))
 
     def unexpected_block_size(self, _: Target, block_size: int) -> None:
         raise AssertionError(f"block size {block_size}")
@@ -78,9 +80,10 @@ async def following(worker: MockWorker, **kwargs: Any) -> AsyncIterator[Follower
     try:
         async with asyncio.TaskGroup() as group:
             follower = Follower(worker, context, **kwargs)
-            task = group.create_task(follower.subscriber.run())
+            tasks = [group.create_task(follower.rota.run()), group.create_task(follower.subscriber.run())]
             yield follower
-            task.cancel()
+            for task in tasks:
+                task.cancel()
     finally:
         context.term()
 

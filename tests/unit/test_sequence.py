@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from kvrouter_grpc.events.sequence import RECENT, StreamTracker, Verdict
+from kvrouter_grpc.events.batch_log import REMEMBERED
+from kvrouter_grpc.events.sequence import StreamTracker, Verdict
 from kvrouter_grpc.types import StreamState
 
 APPLY, DUPLICATE, HOLD, GAP, RESTART = Verdict
@@ -43,7 +44,8 @@ class Stream:
         return [self.one_live(seq, f"{process}{seq}".encode()) for seq in seqs]
 
     def one_live(self, seq: int, payload: bytes) -> Verdict:
-        if self.follows and self.tracker.follow(seq, payload):
+        if self.follows and self.tracker.in_order and self.tracker.log.follow(seq, payload):
+            self.tracker.followed(1)
             self.read(seq, payload)
             return self.drain(APPLY)
         return self.drain(self.tracker.live(seq, payload))
@@ -317,9 +319,9 @@ def test_without_replay_a_reconnection_is_doubtful_until_the_numbers_go_on() -> 
 
 def test_live_copies_that_a_replay_overtook_are_duplicates_however_old() -> None:
     stream = connected()
-    stream.replay(*range(RECENT + 100))
-    assert set(stream.live(*range(RECENT + 100))) == {DUPLICATE}
-    assert stream.live(RECENT + 100) == [APPLY]
+    stream.replay(*range(REMEMBERED + 100))
+    assert set(stream.live(*range(REMEMBERED + 100))) == {DUPLICATE}
+    assert stream.live(REMEMBERED + 100) == [APPLY]
 
 
 def test_a_second_copy_is_a_duplicate_and_another_content_a_restart() -> None:

@@ -83,7 +83,8 @@ class StreamMachine(RuleBasedStateMachine):
         self.applied.append((process, seq))
 
     def hear(self, seq: int, payload: bytes) -> None:
-        if self.tracker.follow(seq, payload):
+        if self.tracker.in_order and self.tracker.log.follow(seq, payload):
+            self.tracker.followed(1)
             self.read(seq, payload)
             self.after()
         else:

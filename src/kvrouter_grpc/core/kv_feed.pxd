@@ -2,6 +2,7 @@ from libc.stdint cimport int32_t, uint32_t, uint64_t
 
 from kvrouter_grpc.core.edge cimport Edge
 from kvrouter_grpc.core.kv_fields cimport Event
+from kvrouter_grpc.core.msgpack cimport Span
 from kvrouter_grpc.core.orphans cimport Lot, Orphan
 from kvrouter_grpc.core.radix_tree cimport RadixTree
 
@@ -23,6 +24,7 @@ cdef class KvFeed:
     cdef Lot lot
     cdef bint closed
 
+    cdef int take(self, Span payload, Applied applied) except -1
     cdef int _apply(self, Event* event, Applied applied) except -1
     cdef int _stored(self, Event* event) except -1
     cdef bint _learn(self, uint32_t block_size) except? False

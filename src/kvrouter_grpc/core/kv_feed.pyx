@@ -120,14 +120,19 @@ cdef class KvFeed:
         """Applies one message; see `kv_feed.pyi`."""
         cdef Applied applied = Applied.__new__(Applied)
         cdef Span span
+        span.data = <const uint8_t*>PyBytes_AS_STRING(payload)
+        span.size = <size_t>PyBytes_GET_SIZE(payload)
+        self.take(span, applied)
+        return applied
+
+    cdef int take(self, Span payload, Applied applied) except -1:
+        # Applies one message and adds what it did.
         cdef Reading reading
         cdef uint64_t i
         if self.closed:
-            return applied
-        span.data = <const uint8_t*>PyBytes_AS_STRING(payload)
-        span.size = <size_t>PyBytes_GET_SIZE(payload)
+            return 0
         try:
-            reading = read_batch(span, &batch)
+            reading = read_batch(payload, &batch)
             if reading == NO_BATCH:
                 raise BatchError("the payload is not a KV event batch [ts, events, data_parallel_rank]")
             if reading == TOO_MANY_EVENTS:
@@ -140,7 +145,7 @@ cdef class KvFeed:
                 self._apply(<Event*>batch.events.data + i, applied)
         finally:
             batch_reset(&batch)
-        return applied
+        return 0
 
     cdef int _apply(self, Event* event, Applied applied) except -1:
         if event.kind == EVENT_STORED:

@@ -9,6 +9,7 @@ import zmq.asyncio
 
 from kvrouter_grpc.config import EventsConfig, UpstreamConfig
 from kvrouter_grpc.errors import RouterError
+from kvrouter_grpc.events.rota import Rota
 from kvrouter_grpc.events.subscriber import EventSource, Subscriber
 from kvrouter_grpc.routing.router import Router
 from kvrouter_grpc.routing.workers import Worker, complete
@@ -36,7 +37,7 @@ class Attendant:
         events: Settings of its subscribers.
         upstream: How often to look at its health, and what counts as slow.
         context: For its event sockets.
-        turn: Shared by all subscribers of the process, which take turns on the event loop.
+        rota: Shared by all subscribers of the process, which take turns on the event loop.
         rng: For jitter.
     """
 
@@ -49,7 +50,7 @@ class Attendant:
         events: EventsConfig,
         upstream: UpstreamConfig,
         context: zmq.asyncio.Context,
-        turn: asyncio.Lock,
+        rota: Rota,
         rng: random.Random,
     ) -> None:
         self.worker = worker
@@ -59,7 +60,7 @@ class Attendant:
         self._events = events
         self._upstream = upstream
         self._context = context
-        self._turn = turn
+        self._rota = rota
         self._rng = rng
         self._subscribers: dict[Target, Subscriber] = {}
         self._look = asyncio.Event()
@@ -165,7 +166,7 @@ class Attendant:
             self._context,
             on_disconnect=self.doubt,
             rng=self._rng,
-            turn=self._turn,
+            rota=self._rota,
         )
         self._subscribers[target] = subscriber
         group.create_task(subscriber.run(), name=f"events {spec.name}/{target.dp_rank}")

@@ -19,6 +19,7 @@ from kvrouter_grpc.errors import (
     UnknownWorkerError,
     UpstreamError,
 )
+from kvrouter_grpc.events.rota import Rota
 from kvrouter_grpc.routing.prediction import HitPrediction
 from kvrouter_grpc.routing.router import Router
 from kvrouter_grpc.routing.stream import Evidence, StreamStatus
@@ -110,7 +111,7 @@ class Fleet:
         self._clients: dict[int, VllmHttpClient] = {}
         self._group: asyncio.TaskGroup | None = None
         self._was_ready = False
-        self._turn = asyncio.Lock()
+        self._rota = Rota()
 
     # --- membership -----------------------------------------------------------------------------------------------
 
@@ -273,6 +274,7 @@ class Fleet:
         """Attend all workers and let registrations expire, until cancelled."""
         async with asyncio.TaskGroup() as group:
             self._group = group
+            group.create_task(self._rota.run(), name="events")
             for member in self._members.values():
                 self._start(member)
             try:
@@ -305,7 +307,7 @@ class Fleet:
             events=self._events,
             upstream=self._upstream,
             context=self._context,
-            turn=self._turn,
+            rota=self._rota,
             rng=random.Random(self._rng.random()),
         )
         member = _Member(attendant, ttl_s=ttl_s, configured=configured)

@@ -20,18 +20,11 @@ aside, and only when that is complete everything is forgotten and taken again.
 
 from enum import Enum
 
-from kvrouter_grpc.core import hash_bytes
+from kvrouter_grpc.events.answer import Answer
+from kvrouter_grpc.events.batch_log import LOST, OTHER, REMEMBERED, SAME, UNKNOWN, BatchLog
 from kvrouter_grpc.events.held import HeldBatches
+from kvrouter_grpc.events.repair import Repair
 from kvrouter_grpc.types import StreamState
-
-RECENT = 1024
-"""Batches whose content is remembered, to tell a late copy from a restarted publisher's batch of the same number."""
-
-SILENT_REPLAYS = 2
-"""Replays in a row without any answer after which the port counts as dead until it answers again."""
-
-ROLLED_ANSWERS = 2
-"""Answers in a row that begin too late after which the ring counts as rolled; one may be a fault of the network."""
 
 
 class Verdict(Enum):
@@ -54,7 +47,7 @@ class StreamTracker:
         max_attempts: Answers in a row that bring no progress after which a gap is given up.
 
     Attributes:
-        next_seq: Number of the batch to be taken next.
+        log: The batches taken; whoever takes some in order by itself, see `followed`, does so there.
         partial: Batches before the first one taken are unknown; nothing after it was lost for that reason.
         gaps: Times a number was missing.
         missed: Batches given up.
@@ -63,20 +56,17 @@ class StreamTracker:
     """
 
     def __init__(self, *, can_replay: bool, max_held: int, max_held_bytes: int, max_attempts: int) -> None:
-        self.next_seq = 0
+        self.log = BatchLog()
         self.partial = False
         self.gaps = 0
         self.missed = 0
         self.restarts = 0
         self.replaying = False
         self._can_replay = can_replay
-        self._bounds = (max_held, max_held_bytes)
-        self._max_attempts = max_attempts
         self._connected = False
         self._heard = False  # the publisher said anything: a batch, or the end of a replay
         self._taken = 0  # batches taken from this process
-        self._held = HeldBatches(*self._bounds)
-        self._recent: dict[int, tuple[int, int | None]] = {}  # place in a ring to number and content; see `_remember`
+        self._held = HeldBatches(max_held, max_held_bytes)
         self._live_high = -1  # highest number seen on the live socket
         self._lost = 0  # batches given up: blocks may be indexed that the engine has removed since
         self._doubt = False  # since a reconnection nothing has proved yet that it is the same process: take nothing
@@ -84,22 +74,20 @@ class StreamTracker:
         self._verify = False  # a replay has to show what was missed
         self._verifying = False  # ... and was asked for
         self._audit = False  # a replay is wanted to look for losses that no later batch has shown
-        self._repair: HeldBatches | None = None  # the history so far, while a replay from 0 is under way
-        self._repairs = 0  # repairs that failed
-        self._irreparable = False  # what was given up cannot be had again from this process
-        self._answer_first: int | None = None  # first number in the current answer
-        self._answer_last = -1  # last one
-        self._asked_at = 0  # `next_seq` when the current replay was asked for
-        self._attempts = 0
-        self._rolled = 0
-        self._silent = 0
-        self._unreadable: tuple[int, int | None] | None = None  # number and content of the last unreadable batch
+        self._repair = Repair(max_held=max_held, max_held_bytes=max_held_bytes, max_attempts=max_attempts)
+        self._answer = Answer(max_attempts)
+        self._unreadable: tuple[int, int] | None = None  # number and content of the last unreadable batch
         self._rubbish = False  # the publisher writes batches that cannot be read
         self._restart_seen = False  # since the last handshake
         self._empty_proves = True  # an empty answer proves a restart
         self._emptied_at: int | None = None  # `next_seq` before the last restart that an empty answer proved
 
     # --- outputs --------------------------------------------------------------------------------------------------
+
+    @property
+    def next_seq(self) -> int:
+        """Number of the batch to be taken next."""
+        return self.log.next_seq
 
     @property
     def state(self) -> StreamState:
@@ -167,7 +155,7 @@ class StreamTracker:
     def repairable(self) -> bool:
         """Whether an audit may make good what was given up."""
         faulty = self._lost or self.partial or self._unverified
-        return self._can_replay and bool(faulty) and not self._irreparable
+        return self._can_replay and bool(faulty) and self._repair.possible
 
     @property
     def _hole(self) -> bool:
@@ -185,11 +173,11 @@ class StreamTracker:
         if self._can_replay:
             # Held batches, and an answer under way, may be of a process that is gone.
             self._held.clear()
-            self._repair = None
+            self._repair.abandon()
             self.replaying = self._verifying = False
             self._verify = True
             self._doubt = self.next_seq > 0
-            self._attempts = self._rolled = 0
+            self._answer.forgive()
         elif self._taken:
             self._unverified = True
 
@@ -226,29 +214,26 @@ class StreamTracker:
 
     # --- live batches ---------------------------------------------------------------------------------------------
 
-    def follow(self, seq: int, payload: bytes) -> bool:
-        """Take a live batch at once, if it is the next one and nothing else is to be considered.
+    @property
+    def in_order(self) -> bool:
+        """Whether the next live batch may be taken at once, without a word here: nothing else is to be considered.
 
         That is what `live` and `take` would do together, at a fraction of the cost: a stream in order is the rule.
-
-        Returns:
-            False: nothing was done, `live` is to be told.
         """
-        if (
-            seq != self.next_seq
-            or self._held.count
+        return not (
+            self._held.count
             or self._doubt
             or self._unverified
-            or self._repair is not None
+            or self._repair.under_way
             or self._emptied_at is not None
-        ):
-            return False
-        self._heard = True
-        self._live_high = max(self._live_high, seq)
-        self._recent[seq % RECENT] = seq, hash_bytes(payload)
-        self.next_seq = seq + 1
-        self._taken += 1
-        return True
+        )
+
+    def followed(self, count: int) -> None:
+        """`count` live batches were taken, as `in_order` allowed, and are in the log."""
+        if count:
+            self._heard = True
+            self._live_high = max(self._live_high, self.next_seq - 1)
+            self._taken += count
 
     def live(self, seq: int, payload: bytes) -> Verdict:
         """A batch arrived on the live socket."""
@@ -260,16 +245,15 @@ class StreamTracker:
             self._empty_proves = seq != self._emptied_at
             self._emptied_at = None
         if seq < self.next_seq:
-            known = self._content(seq)
-            if known is None or known == hash_bytes(payload) or (known == _UNKNOWN and not again):
+            known = self.log.compare(seq, payload)
+            if known in (SAME, LOST) or (known == UNKNOWN and not again):
                 return Verdict.DUPLICATE
             self._restart()
             self._heard = True
             self._live_high = seq
             self._keep(seq, payload)
             return Verdict.RESTART
-        if self._repair is not None:
-            self._repair.add(seq, payload)
+        self._repair.collect(seq, payload)
         gap = seq > self.next_seq and self._taken > 0 and not self._hole
         self.gaps += gap
         if not self._keep(seq, payload):
@@ -305,34 +289,30 @@ class StreamTracker:
         """
         self.replaying = True
         repairs = self._audit and self.repairable and not (self._verify or self._hole)
-        self._repair = HeldBatches(*self._bounds) if repairs else None
+        if repairs:
+            self._repair.begin()
         self._verifying = self._verify
         self._verify = self._audit = False
-        self._answer_first = None
-        self._asked_at = self.next_seq
+        self._answer.ask(self.next_seq)
         return 0 if repairs else max(self.next_seq - 1, 0)
 
     def replayed(self, seq: int, payload: bytes) -> Verdict:
         """A batch arrived on the replay socket."""
         self._heard = True
-        self._answer_last = seq
-        if self._answer_first is None:
-            self._answer_first = seq
+        if self._answer.hear(seq):
             self._empty_proves = True
-            if self._repair is None:
+            if not self._repair.under_way:
                 self._answer_begins(seq)
-        if self._repair is not None:
-            self._repair.add(seq, payload)
+        self._repair.collect(seq, payload)
         if seq < self.next_seq:
-            known = self._content(seq)
-            if known is None or known == _UNKNOWN:
-                return Verdict.DUPLICATE
-            if known == hash_bytes(payload):
+            known = self.log.compare(seq, payload)
+            if known == OTHER:
+                self._restart()
+                self._heard = True
+                return Verdict.RESTART
+            if known == SAME:
                 self._doubt = False
-                return Verdict.DUPLICATE
-            self._restart()
-            self._heard = True
-            return Verdict.RESTART
+            return Verdict.DUPLICATE
         if not self._held.add(seq, payload, keep=seq == self.next_seq):
             return Verdict.DUPLICATE
         return Verdict.APPLY if self.ready else Verdict.HOLD
@@ -342,7 +322,7 @@ class StreamTracker:
         if not self.next_seq and seq:
             # Nothing is known yet, and of what was before nothing needs to be.
             self._skip_to(min(seq, self._held.first()) if self._held.count else seq)
-        self._irreparable = self._irreparable or seq > self._asked_at
+        self._repair.possible = self._repair.possible and not self._answer.begins_late
 
     def replay_ended(self) -> Verdict:
         """The answer's end marker arrived.
@@ -352,52 +332,43 @@ class StreamTracker:
         """
         self.replaying = False
         self._heard = True
-        self._silent = 0
-        if self._answer_first is None and self._asked_at and self._empty_proves:
+        self._answer.end()
+        if self._answer.first is None and self._answer.asked_at and self._empty_proves:
             emptied_at = self.next_seq
             self._restart()
             self._heard = True
             self._emptied_at = emptied_at
             return Verdict.RESTART
         self._verifying = False
-        if self._repair is not None:
-            return self._repair_ended(self._repair)
+        if self._repair.under_way:
+            return self._repair_ended()
         if self._doubt:
             return self._unproved()
         if not self._hole:
-            self._attempts = self._rolled = 0
-            self._irreparable = self._irreparable and bool(self._lost or self.partial)
+            self._answer.forgive()
+            self._repair.possible = self._repair.possible or not (self._lost or self.partial)
             return Verdict.APPLY
-        late = self._answer_first is None or self._answer_first > self._asked_at
-        self._rolled = self._rolled + 1 if late and self.next_seq == self._asked_at else 0
-        self._count_attempt()
-        if self._rolled >= ROLLED_ANSWERS or self._attempts >= self._max_attempts:
-            self._give_up(whole_answer=self._answer_first is not None)
+        self._answer.count_rolled(rolled=self._answer.begins_late and self.next_seq == self._answer.asked_at)
+        self._answer.count_attempt(self.next_seq)
+        if self._answer.rolled or self._answer.vain:
+            self._give_up(whole_answer=self._answer.first is not None)
             return Verdict.APPLY
         return Verdict.GAP
 
-    def _repair_ended(self, history: HeldBatches) -> Verdict:
+    def _repair_ended(self) -> Verdict:
         """Take the history from its beginning, if it is complete up to now."""
-        self._repair = None
-        first = self._answer_first
-        if first is None or (first and not self._unverified):
-            self._irreparable = True  # the ring has rolled
-        elif history.overflowed or not history.covers(first, self.next_seq):
-            self._repair_failed(overflowed=history.overflowed)
-        else:
-            if not first:
-                self.missed -= self._lost
-            self._start_over()
-            self._held = history
-            if first:
-                self._skip_to(first)
-                self._irreparable = True
-            return Verdict.RESTART
-        return Verdict.GAP if self._hole else Verdict.APPLY
-
-    def _repair_failed(self, *, overflowed: bool = False) -> None:
-        self._repairs += 1
-        self._irreparable = overflowed or self._repairs >= self._max_attempts
+        first = self._answer.first
+        history = self._repair.end(first, self.next_seq, suffix_helps=self._unverified)
+        if history is None:
+            return Verdict.GAP if self._hole else Verdict.APPLY
+        if not first:
+            self.missed -= self._lost
+        self._start_over()
+        self._held = history
+        if first:
+            self._skip_to(first)
+            self._repair.possible = False
+        return Verdict.RESTART
 
     def _unproved(self) -> Verdict:
         """The answer did not hold the batch that would prove the same process: the ring has rolled past it."""
@@ -405,9 +376,9 @@ class StreamTracker:
             self._doubt = False
             self._unverified = True
             return Verdict.APPLY
-        self._rolled += 1
+        self._answer.count_rolled()
         self._verify = True
-        if self._rolled < ROLLED_ANSWERS:
+        if not self._answer.rolled:
             return Verdict.GAP
         self._start_over()
         return Verdict.RESTART
@@ -415,31 +386,27 @@ class StreamTracker:
     def replay_failed(self) -> None:
         """The replay timed out or broke off: what came of it is kept, its end is unknown."""
         self.replaying = False
-        self._silent = self._silent + 1 if self._answer_first is None else 0
-        if self._repair is not None:
-            self._repair = None
-            self._repair_failed()
+        self._answer.fail()
+        if self._repair.under_way:
+            self._repair.break_off()
             return
-        self._count_attempt()
+        self._answer.count_attempt(self.next_seq)
         self._verify = self._verify or self._verifying
         self._verifying = False
-        if self._silent >= SILENT_REPLAYS or self._attempts >= self._max_attempts:
-            self._attempts = 0
+        if self._answer.silent or self._answer.vain:
+            self._answer.forgive()
             if self._verify:
                 self._verify = self._doubt = False
                 self._unverified = self._taken > 0
-                self._irreparable = False
+                self._repair.possible = True
             if self._hole:
                 self._give_up(whole_answer=False)
 
-    def _count_attempt(self) -> None:
-        self._attempts = self._attempts + 1 if self.next_seq == self._asked_at else 0
-
     def _give_up(self, *, whole_answer: bool) -> None:
         """Go on behind the hole: a picture with a known fault is worth more than none."""
-        self._attempts = self._rolled = 0
+        self._answer.forgive()
         waiting = self._held.first() if self._held.count else self.next_seq
-        if whole_answer and self._answer_last < waiting:
+        if whole_answer and self._answer.last < waiting:
             # The ring ends before what waits behind the hole, or is damaged in it: a process that is gone sent that.
             self._held.clear()
             self._unreadable = None
@@ -454,8 +421,7 @@ class StreamTracker:
             return None
         seq = self.next_seq
         payload = self._held.take(seq)
-        self._remember(seq, hash_bytes(payload))
-        self.next_seq = seq + 1
+        self.log.follow(seq, payload)
         self._taken += 1
         return seq, payload
 
@@ -467,8 +433,8 @@ class StreamTracker:
     def unreadable(self) -> None:
         """The batch just taken cannot be read. It counts as not received, and as lost if another copy is no better."""
         seq = self.next_seq - 1
-        bad = self._recent.pop(seq % RECENT)
-        self.next_seq = seq
+        bad = seq, self.log.forget(seq)
+        self.log.next_seq = seq
         self._taken -= 1
         if self._can_replay and bad != self._unreadable and (self._taken or not self._rubbish):
             self.gaps += self._unreadable is None or self._unreadable[0] != seq
@@ -476,19 +442,11 @@ class StreamTracker:
         else:
             # The same bytes twice, so the engine wrote them; then, of one that never wrote anything else, all are lost.
             self._lose(seq + 1)
-            self._remember(*bad)
-            self._rubbish = self._irreparable = True
+            self.log.note_hash(*bad)
+            self._repair.possible = False
+            self._rubbish = True
 
     # --- parts ----------------------------------------------------------------------------------------------------
-
-    def _remember(self, seq: int, content: int | None) -> None:
-        """Note the content of a batch; None for one given up. Each number has its place in a ring."""
-        self._recent[seq % RECENT] = seq, content
-
-    def _content(self, seq: int) -> int | None:
-        """What was noted of a batch, or `_UNKNOWN`."""
-        noted, content = self._recent.get(seq % RECENT, _NOTHING)
-        return content if noted == seq else _UNKNOWN
 
     def _skip_to(self, seq: int) -> None:
         """Do without the batches before `seq`."""
@@ -496,15 +454,15 @@ class StreamTracker:
             self._lose(seq)
         else:
             self.partial = True
-            self.next_seq = seq
+            self.log.next_seq = seq
 
     def _lose(self, seq: int) -> None:
         """Give up the batches before `seq`, which may have removed blocks that are indexed."""
         self.missed += seq - self.next_seq
         self._lost += seq - self.next_seq
-        for lost in range(max(self.next_seq, seq - RECENT), seq):
-            self._remember(lost, None)
-        self.next_seq = seq
+        for lost in range(max(self.next_seq, seq - REMEMBERED), seq):
+            self.log.note_lost(lost)
+        self.log.next_seq = seq
 
     def _restart(self) -> Verdict:
         """Another process: nothing of the old one holds any more."""
@@ -515,21 +473,16 @@ class StreamTracker:
         self._verify = self._can_replay
         self._unreadable = self._emptied_at = None
         self._restart_seen = True
-        self._repairs = 0
+        self._repair.new_process()
         self._rubbish = False
         return Verdict.RESTART
 
     def _start_over(self) -> None:
         """Know nothing of the stream's batches."""
-        self.next_seq = self._asked_at = self._taken = 0
+        self.log.clear()
+        self._taken = self._lost = 0
         self.partial = self._doubt = self._unverified = False
-        self._lost = 0
         self._held.clear()
-        self._repair = None
-        self._recent.clear()
-        self._attempts = self._rolled = 0
-        self._irreparable = False
-
-
-_UNKNOWN = -1  # no content: hashes are unsigned
-_NOTHING = (-1, None)
+        self._repair.abandon()
+        self._repair.possible = True
+        self._answer.start_over()

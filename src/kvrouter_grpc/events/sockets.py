@@ -1,7 +1,6 @@
 """The ZeroMQ sockets of one event stream: SUB with its monitor, and a DEALER for replays."""
 
-import asyncio
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any
@@ -10,14 +9,14 @@ import zmq
 from zmq.utils.monitor import parse_monitor_message
 
 from kvrouter_grpc.config import EventsConfig
-from kvrouter_grpc.events.receiver import Receiver
+from kvrouter_grpc.core import KvFeed
+from kvrouter_grpc.events.batch_log import BatchLog
+from kvrouter_grpc.events.receiver import Delivery, Receiver
+from kvrouter_grpc.events.rota import Place
 
 HEARTBEAT_MS = 5_000
 HEARTBEAT_TIMEOUT_MS = 15_000
 """Silence after which a connection counts as dead: a host that vanished sends no FIN."""
-
-MOST_CHANGES = 1 << 16
-"""Reports of the monitor taken at once: all there are, in practice."""
 
 Socket = zmq.Socket[bytes]
 Message = list[bytes]
@@ -55,17 +54,15 @@ class EventSockets:
         source: Where to connect.
         config: Limits and reconnection times.
         context: Shared by all streams.
-        wake: Called on the event loop when something arrives at a socket that was read empty.
+        place: Called when something arrives at a socket that was read empty.
     """
 
-    def __init__(
-        self, source: EventSource, config: EventsConfig, context: zmq.Context[Any], wake: Callable[[], None]
-    ) -> None:
+    def __init__(self, source: EventSource, config: EventsConfig, context: zmq.Context[Any], place: Place) -> None:
         self._source = source
         self._config = config
         # Plain sockets on the same context: reading one empty costs no future per message.
         self._context: zmq.Context[Socket] = zmq.Context.shadow(context.underlying)
-        self._wake = wake
+        self._place = place
         self._live: Receiver | None = None
         self._monitor: Receiver | None = None
         self._replay: Receiver | None = None
@@ -102,9 +99,17 @@ class EventSockets:
         self.close_replay()
         self._close_live()
 
-    def live(self, limit: int) -> list[Message]:
-        """Up to `limit` messages of the publisher."""
-        return self._live.receive(limit) if self._live is not None else []
+    def deliver(self, log: BatchLog, feed: KvFeed, *, in_order: bool) -> Delivery | None:
+        """Take messages of the publisher, and apply those that are in order; None while there is no socket.
+
+        Args:
+            log: Where the stream stands.
+            feed: What its batches are applied to.
+            in_order: False: apply nothing.
+        """
+        if self._live is None or self._monitor is None:
+            return None
+        return self._live.deliver(self._monitor, log, feed, in_order)
 
     def replayed(self, limit: int) -> list[Message]:
         """Up to `limit` messages of the replay port."""
@@ -115,20 +120,6 @@ class EventSockets:
         """Whether the last reads left nothing behind."""
         receivers = (self._live, self._monitor, self._replay)
         return all(receiver is None or receiver.drained for receiver in receivers)
-
-    def changes(self) -> Iterator[Change]:
-        """What became of the live connection since the last call.
-
-        A handshake is told before its first message can be received: read messages first, then ask here, then use them.
-        """
-        for frames in self._monitor.receive(MOST_CHANGES) if self._monitor is not None else []:
-            event = parse_monitor_message(frames)["event"]
-            if event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
-                yield Change.UP
-            elif event == zmq.EVENT_DISCONNECTED:
-                yield Change.DOWN
-            elif event & _FAILED:
-                yield Change.FOREIGN
 
     def _open(self, kind: zmq.SocketType) -> Socket:
         config = self._config
@@ -144,7 +135,7 @@ class EventSockets:
 
     def _listen(self, socket: Socket) -> Receiver:
         # The descriptor signals arrivals only after the socket was read empty.
-        asyncio.get_running_loop().add_reader(socket.fileno(), self._wake)
+        self._place.watch(socket.fileno())
         return Receiver(socket)
 
     def _close_live(self) -> None:
@@ -154,10 +145,21 @@ class EventSockets:
             self._close(self._live)
         self._live = self._monitor = None
 
-    @staticmethod
-    def _close(receiver: Receiver) -> None:
-        asyncio.get_running_loop().remove_reader(receiver.socket.fileno())
+    def _close(self, receiver: Receiver) -> None:
+        self._place.unwatch(receiver.socket.fileno())
         receiver.socket.close()
+
+
+def read_changes(reports: Sequence[Message]) -> Iterator[Change]:
+    """What reports of the monitor, `Delivery.changes`, say of the live connection."""
+    for frames in reports:
+        event = parse_monitor_message(frames)["event"]
+        if event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
+            yield Change.UP
+        elif event == zmq.EVENT_DISCONNECTED:
+            yield Change.DOWN
+        elif event & _FAILED:
+            yield Change.FOREIGN
 
 
 def _connect(socket: Socket, endpoint: str) -> bool:

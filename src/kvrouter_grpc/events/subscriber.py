@@ -12,19 +12,18 @@ import structlog
 import zmq
 
 from kvrouter_grpc.config import EventsConfig
-from kvrouter_grpc.core import Applied, BatchError
+from kvrouter_grpc.core import BatchError, KvFeed
+from kvrouter_grpc.events.batch_log import HIGHEST_SEQ
+from kvrouter_grpc.events.rota import Place, Rota
 from kvrouter_grpc.events.sequence import StreamTracker, Verdict
-from kvrouter_grpc.events.sockets import Change, EventSockets, EventSource, Message
+from kvrouter_grpc.events.sockets import Change, EventSockets, EventSource, Message, read_changes
 from kvrouter_grpc.routing.stream import StreamStatus
 from kvrouter_grpc.types import StreamState, Target
 
 __all__ = ["EventSource", "KvSink", "Subscriber"]
 
-SLICE_S = 0.001
-"""Longest stretch of work before other tasks get the event loop: a storm of events must not delay a decision."""
-
 CHUNK = 64
-"""Messages taken from a socket at once, so that live and replayed ones advance together."""
+"""Replayed messages taken at once, so that live ones advance with them."""
 
 REPLAY_INTERVAL_S = 1.0
 """Shortest time between two replay requests: an answer costs the engine's publisher thread up to its whole ring."""
@@ -49,12 +48,11 @@ log = structlog.get_logger(__name__)
 class KvSink(Protocol):
     """Where batches go: the index of an endpoint."""
 
-    def apply_payload(self, target: Target, payload: bytes) -> Applied:
-        """Apply one batch of the target's stream; they come in order.
+    def feed(self, target: Target) -> KvFeed:
+        """What applies the batches of the target's stream; they come in order."""
 
-        Raises:
-            BatchError: The payload is no batch, and nothing was applied.
-        """
+    def cleared(self, target: Target) -> None:
+        """The feed has read that the engine dropped its whole cache."""
 
     def clear(self, target: Target) -> None:
         """Forget what the target holds."""
@@ -77,7 +75,7 @@ class Subscriber:
         context: ZMQ context, shared by all subscribers.
         on_disconnect: Called when the live connection is lost: the worker may be dead.
         rng: Jitter of the back-off.
-        turn: Shared by the subscribers of an event loop; only one of them works in one turn of the loop.
+        rota: Shared by the subscribers of an event loop, which take turns.
     """
 
     def __init__(
@@ -88,28 +86,30 @@ class Subscriber:
         config: EventsConfig,
         context: zmq.Context[Any],
         *,
+        rota: Rota,
         on_disconnect: Callable[[], None] | None = None,
         rng: random.Random,
-        turn: asyncio.Lock | None = None,
     ) -> None:
         self._target = target
         self._source = source
         self._index = index
         self._config = config
         self._on_disconnect = on_disconnect
+        self._context = context
         self._rng = rng
-        self._turn = turn or asyncio.Lock()
-        self._wake = asyncio.Event()
-        self._sockets = EventSockets(source, config, context, self._wake.set)
+        self._rota = rota
+        self._place: Place | None = None  # in the rota
+        self._sockets: EventSockets
+        self._feed = index.feed(target)
+        self._status = index.stream(target)
         self._tracker = StreamTracker(
             can_replay=source.replay is not None,
             max_held=config.max_pending_batches,
             max_held_bytes=config.max_message_bytes,
             max_attempts=config.stale_after_replays,
         )
-        self._status = StreamStatus()
-        self._heard: deque[Message] = deque()  # live messages that are still to be told to the tracker
-        self._answers: deque[Message] = deque()  # the same of replayed ones
+        self._heard: deque[tuple[int, bytes]] = deque()  # live batches that are still to be told to the tracker
+        self._answers: deque[Message] = deque()  # the same of replayed messages
         self._restart_reported = False
         self._resync_asked = False
         self._fault = ""  # why nothing can be heard, "" when something can
@@ -127,48 +127,39 @@ class Subscriber:
     def notify_restarted(self) -> None:
         """The worker's process is known to be a new one, e.g. by its start time."""
         self._restart_reported = True
-        self._wake.set()
+        self._call()
 
     def resync(self) -> None:
         """The picture foretells wrongly: forget it, and take again what the publisher still has."""
         self._resync_asked = True
-        self._wake.set()
+        self._call()
+
+    def _call(self) -> None:
+        if self._place is not None:
+            self._place.call()
 
     async def run(self) -> None:
         """Follow the stream until cancelled."""
-        self._status = self._index.stream(self._target)
-        loop = asyncio.get_running_loop()
+        now = asyncio.get_running_loop().time()
+        self._place = place = self._rota.join(self)
+        self._sockets = EventSockets(self._source, self._config, self._context, place)
         try:
-            if not self._open(loop.time()):
+            if self._open(now):
+                self._postpone_audit(now)
+            else:
                 self._fault = f"{self._source.events} is no address of KV events: write events=tcp://host:port"
+                self._reopen_at = math.inf
                 self._report()
-                await asyncio.Event().wait()  # nothing will ever be heard there
-            self._postpone_audit(loop.time())
-            while True:
-                async with self._turn:
-                    self._wake.clear()
-                    busy = self._step(loop.time())
-                    if busy:
-                        await asyncio.sleep(0)  # with the turn in hand: one slice of one subscriber per loop turn
-                if not busy:
-                    await self._idle()
+            await asyncio.Event().wait()  # the rota lets it work
         finally:
             self._sockets.close()
+            place.leave()
 
-    async def _idle(self) -> None:
-        """Wait for bytes or for the next thing to do."""
-        due = self._due()
-        try:
-            async with asyncio.timeout_at(None if math.isinf(due) else due):
-                await self._wake.wait()
-        except TimeoutError:
-            pass
+    # --- a turn of work -------------------------------------------------------------------------------------------
 
-    # --- one slice of work ----------------------------------------------------------------------------------------
-
-    def _step(self, now: float) -> bool:
-        """Work off what has arrived and do what is due; whether there is more to do at once."""
-        busy = self._work(now, time.perf_counter() + SLICE_S)
+    def work(self, now: float, ends_at: float) -> bool:
+        """Work off what has arrived and do what is due; see `rota.Stream`."""
+        busy = self._work_off(now, ends_at)
         if not busy:
             if self._restart_reported:
                 self._restart_reported = False
@@ -183,37 +174,53 @@ class Subscriber:
         self._report()
         return busy
 
-    def _work(self, now: float, ends_at: float) -> bool:
-        """Apply what is in order and take in messages until there are none or the slice is over; whether it is.
+    def _work_off(self, now: float, ends_at: float) -> bool:
+        """Apply what is in order and take in messages until there are none or time is up; whether it is.
 
         The sockets tell of new arrivals only once they were read empty, so nothing may be left when this says no.
         """
         drained = False
         tracker = self._tracker
-        while time.perf_counter() < ends_at:
+        while True:
             if tracker.ready and (taken := tracker.take()) is not None:
                 self._apply(taken[1])
             elif self._heard:
-                self._heed(self._live(self._heard.popleft(), now))
+                self._heed(self._live(*self._heard.popleft()))
             elif self._answers:
                 self._heed(self._replayed(self._answers.popleft(), now))
             elif drained:
                 return False
             else:
                 drained = self._fetch(now)
+            if time.perf_counter() >= ends_at:
+                break
         # Even in a storm, what is overdue must be given up and asked for again.
         if not tracker.ready:
             self._pace(now)
         return True
 
     def _fetch(self, now: float) -> bool:
-        """Take messages from the sockets; whether they are empty now."""
-        live = self._sockets.live(CHUNK)
-        replayed = self._sockets.replayed(CHUNK)
-        for change in self._sockets.changes():
-            self._changed(change, now)
-        self._heard.extend(live)
-        self._answers.extend(replayed)
+        """Take messages from the sockets, and apply those that are in order; whether the sockets are empty now."""
+        tracker, status = self._tracker, self._status
+        found = self._sockets.deliver(tracker.log, self._feed, in_order=tracker.in_order)
+        self._answers.extend(self._sockets.replayed(CHUNK))
+        if found is not None:
+            tracker.followed(found.batches)
+            status.skipped += found.skipped
+            status.unread += found.skipped
+            status.batches += found.batches
+            if found.batches or found.left:
+                self._note_arrival(now)
+            if found.cleared:
+                self._cleared()
+            if found.fault:
+                status.batches -= 1
+                self._unread(found.fault)
+            if found.misshapen:
+                self._misshapen("not the three frames [topic, sequence number, payload]", found.misshapen)
+            for change in read_changes(found.changes):
+                self._changed(change, now)
+            self._heard.extend(found.left)
         return self._sockets.drained
 
     def _changed(self, change: Change, now: float) -> None:
@@ -230,14 +237,14 @@ class Subscriber:
         else:
             self._fault = f"{self._source.events} does not speak ZeroMQ: is it the port of the KV events?"
 
-    def _live(self, message: Message, now: float) -> Verdict:
-        if len(message) != 3 or len(message[1]) != 8:
-            return self._misshapen("not the three frames [topic, sequence number, payload]")
+    def _note_arrival(self, now: float) -> None:
         self._status.last_event_at = time.monotonic()
         if not self._tracker.repairable:
             self._postpone_audit(now)
-        seq, payload = int.from_bytes(message[1]), message[2]
-        if self._tracker.follow(seq, payload):
+
+    def _live(self, seq: int, payload: bytes) -> Verdict:
+        if self._tracker.in_order and self._tracker.log.follow(seq, payload):
+            self._tracker.followed(1)
             self._apply(payload)
             return Verdict.APPLY
         return self._tracker.live(seq, payload)
@@ -250,15 +257,22 @@ class Subscriber:
             return self._misshapen("not the frames of a replay")
         self._answered_at = now
         if message[-2] != END:
-            return self._tracker.replayed(int.from_bytes(message[-2]), message[-1])
+            seq = int.from_bytes(message[-2])
+            if seq > HIGHEST_SEQ:
+                return self._misshapen("a sequence number that is none")
+            return self._tracker.replayed(seq, message[-1])
         self._failures = 0
         self._unfinished = False
         return self._tracker.replay_ended()
 
-    def _misshapen(self, fault: str) -> Verdict:
-        self._status.decode_failures += 1
+    def _misshapen(self, fault: str, count: int = 1) -> Verdict:
+        self._status.decode_failures += count
         self._unreadable = fault
         return Verdict.DUPLICATE
+
+    def _unread(self, fault: str) -> None:
+        self._misshapen(fault)
+        self._tracker.unreadable()
 
     def _heed(self, verdict: Verdict) -> None:
         if verdict is Verdict.RESTART:
@@ -268,16 +282,19 @@ class Subscriber:
 
     def _apply(self, payload: bytes) -> None:
         try:
-            applied = self._index.apply_payload(self._target, payload)
+            applied = self._feed.apply(payload)
         except BatchError as error:
-            self._misshapen(str(error))
-            self._tracker.unreadable()
+            self._unread(str(error))
             return
         self._status.batches += 1
         self._status.skipped += applied.skipped
         self._status.unread += applied.skipped
         if applied.cleared:
-            self._tracker.cleared()
+            self._cleared()
+
+    def _cleared(self) -> None:
+        self._tracker.cleared()
+        self._index.cleared(self._target)
 
     # --- what is due ----------------------------------------------------------------------------------------------
 
@@ -320,8 +337,8 @@ class Subscriber:
         timeout = self._config.replay_timeout_s
         return min(self._answered_at + timeout, self._asked_at + REPLAY_TOTAL_TIMEOUTS * timeout)
 
-    def _due(self) -> float:
-        """When there is something to do without any message."""
+    def due(self) -> float:
+        """When there is something to do without any message; see `rota.Stream`."""
         if self._tracker.replaying:
             return min(self._reopen_at, self._audit_at, self._reply_due())
         asks_at = self._ask_after if self._tracker.wants_replay else math.inf

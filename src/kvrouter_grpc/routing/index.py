@@ -167,6 +167,14 @@ class KvIndex:
 
     # --- events ---------------------------------------------------------------------------------------------------
 
+    def feed(self, target: Target) -> KvFeed:
+        """What applies the messages of the target's stream, in order. `cleared` is to be told what it says.
+
+        Raises:
+            KeyError: The target was never added.
+        """
+        return self._views[target].feed
+
     def apply_payload(self, target: Target, payload: bytes) -> Applied:
         """Apply one message of the target's stream. Messages of a target that was removed are ignored.
 
@@ -182,9 +190,15 @@ class KvIndex:
             return Applied()
         applied = view.feed.apply(payload)
         if applied.cleared:
+            self.cleared(target)
+        return applied
+
+    def cleared(self, target: Target) -> None:
+        """The feed has read that the engine dropped its whole cache."""
+        view = self._views.get(target)
+        if view is not None:
             _forget_predictions(view)
             view.hits.begun()
-        return applied
 
     def clear(self, target: Target) -> None:
         """Forget what the target holds: its engine restarted."""
