@@ -88,6 +88,14 @@ def test_however_busy_others_are_events_keep_their_floor() -> None:
         assert loop.share(100.0) < 1.2 * FLOOR, per_turn
 
 
+def test_what_trickles_in_is_gathered() -> None:
+    pacer = Pacer()
+    assert pacer.slice(1.0, 0.0) == SLICE_S
+    pacer.worked(1.0, 0.0, more=False)
+    assert pacer.slice(1.0 + PAUSE_S / 2, 0.0) == 0.0
+    assert pacer.slice(1.0 + 2 * PAUSE_S, 0.0) == SLICE_S
+
+
 def test_what_comes_after_a_rest_gets_a_short_slice() -> None:
     loop = Loop()
     loop.pacer.worked(loop.now, loop.cpu, more=False)

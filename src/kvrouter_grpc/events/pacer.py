@@ -5,6 +5,8 @@ times. But the loop itself tells whether anybody else needs it: by the CPU time 
 slice. As long as that is next to none, slices follow each other with two turns in between, in which a call that has
 just arrived shows itself. From then on there is one slice per pause, long enough for a whole decision, until a pause
 has passed in which nobody worked.
+
+What trickles in is gathered for a pause, too: to be woken for each message costs more than the message.
 """
 
 import math
@@ -13,7 +15,8 @@ SLICE_S = 0.000_2
 """Length of a slice: how long a call may wait that arrives amid one."""
 
 PAUSE_S = 0.001
-"""Time between two slices while others work: the event loop's timers are no finer, and a decision takes half of it."""
+"""Time between two slices while others work, or while there is no backlog: the event loop's timers are no finer, and a
+decision takes half of it."""
 
 OTHERS_S = 0.000_02
 """CPU time since the last slice above which others are at work; an empty turn takes 1 us, a call 100 to 300 us."""
@@ -36,6 +39,7 @@ class Pacer:
         self._ended = -math.inf  # of the last slice
         self._cpu = 0.0  # at that time
         self._waiting_since: float | None = None  # there is work to do
+        self._backlog = False  # the last slice left some
         self._others = False  # somebody else worked lately
 
     def slice(self, now: float, cpu: float) -> float:
@@ -47,10 +51,10 @@ class Pacer:
             self._others = True
         elif rested:
             self._others = False
+        if not rested and (self._others or not self._backlog):
+            return 0.0
         if not self._others:
             return SLICE_S
-        if not rested:
-            return 0.0
         waited = now - self._waiting_since
         return min(max(waited * FLOOR / (1 - FLOOR), SLICE_S), LONGEST_SLICE_S)
 
@@ -58,3 +62,4 @@ class Pacer:
         """A slice is over; whether there is more to do."""
         self._ended, self._cpu = now, cpu
         self._waiting_since = now if more else None
+        self._backlog = more

@@ -112,6 +112,7 @@ class Subscriber:
         self._answers: deque[Message] = deque()  # the same of replayed messages
         self._restart_reported = False
         self._resync_asked = False
+        self._stirred = True  # more than batches in order may have changed the status
         self._fault = ""  # why nothing can be heard, "" when something can
         self._unreadable = ""  # what was wrong with the last unreadable message
         self._asked_at = 0.0
@@ -171,7 +172,9 @@ class Subscriber:
             if now >= self._reopen_at:
                 self._open(now)
             busy = self._pace(now)
-        self._report()
+        if self._stirred:
+            self._stirred = False
+            self._report()
         return busy
 
     def _work_off(self, now: float, ends_at: float) -> bool:
@@ -206,9 +209,13 @@ class Subscriber:
         self._answers.extend(self._sockets.replayed(CHUNK))
         if found is not None:
             tracker.followed(found.batches)
+            status.last_seq = tracker.next_seq - 1
+            status.known = tracker.taken
             status.skipped += found.skipped
             status.unread += found.skipped
             status.batches += found.batches
+            if status.state is not StreamState.LIVE:
+                self._stirred = True
             if found.batches or found.left:
                 self._note_arrival(now)
             if found.cleared:
@@ -224,6 +231,7 @@ class Subscriber:
         return self._sockets.drained
 
     def _changed(self, change: Change, now: float) -> None:
+        self._stirred = True
         if change is Change.UP:
             self._fault = ""
             self._reopen_at = math.inf
@@ -266,6 +274,7 @@ class Subscriber:
         return self._tracker.replay_ended()
 
     def _misshapen(self, fault: str, count: int = 1) -> Verdict:
+        self._stirred = True
         self._status.decode_failures += count
         self._unreadable = fault
         return Verdict.DUPLICATE
@@ -275,12 +284,14 @@ class Subscriber:
         self._tracker.unreadable()
 
     def _heed(self, verdict: Verdict) -> None:
+        self._stirred = True
         if verdict is Verdict.RESTART:
             log.info("stream starts over", worker_id=self._target.worker_id, dp_rank=self._target.dp_rank)
             self._status.unread = 0
             self._index.clear(self._target)
 
     def _apply(self, payload: bytes) -> None:
+        self._stirred = True
         try:
             applied = self._feed.apply(payload)
         except BatchError as error:
@@ -293,6 +304,7 @@ class Subscriber:
             self._cleared()
 
     def _cleared(self) -> None:
+        self._stirred = True
         self._tracker.cleared()
         self._index.cleared(self._target)
 
@@ -302,6 +314,7 @@ class Subscriber:
         """Give up an answer that is overdue, ask when it is time to; whether a request was sent."""
         tracker = self._tracker
         if tracker.replaying and now >= self._reply_due():
+            self._stirred = True
             tracker.replay_failed()
             self._failures += 1
             longest = self._config.replay_backoff_max_s
@@ -313,6 +326,7 @@ class Subscriber:
             self._answers.clear()
             self._unfinished = False
         if now >= self._audit_at:
+            self._stirred = True
             tracker.audit()
             self._audit_gap = min(2 * self._audit_gap, AUDIT_MAX_S)
             self._audit_at = now + self._audit_gap
@@ -322,7 +336,7 @@ class Subscriber:
             return False
         self._asked_at = self._answered_at = now
         self._ask_after = now + REPLAY_INTERVAL_S
-        self._unfinished = True
+        self._unfinished = self._stirred = True
         self._status.replays += 1
         # What cannot be sent ends like what is not answered: by the timeout.
         return self._sockets.ask(tracker.replay_asked())
