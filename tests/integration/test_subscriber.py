@@ -376,6 +376,49 @@ async def test_a_ring_that_rolls_over_a_gap_leaves_the_stream_stale_but_followed
     await bench.until(lambda: bench.sink.numbers[-1] == 26)
 
 
+async def test_a_picture_begun_anew_is_fetched_again_as_far_as_the_ring_reaches(bench: Bench) -> None:
+    publisher = bench.start_publisher()
+    subscriber = bench.subscribe()
+    for _ in range(5):
+        await publisher.publish()
+    await bench.until_exact()
+    subscriber.resync()
+    await bench.until(lambda: bench.sink.clears == 1)
+    await bench.until_exact()
+    publisher.ring = 2
+    subscriber.resync()
+    await bench.until(lambda: bench.sink.numbers == [3, 4] and bench.sink.status.state is StreamState.LIVE)
+    await publisher.publish()
+    await bench.until(lambda: bench.sink.numbers == [3, 4, 5])
+    status = bench.sink.status
+    assert (status.partial, status.resyncs, status.restarts, status.lost) == (True, 2, 0, 0)
+
+
+@pytest.mark.parametrize(("backoff_s", "asks_again"), [(0.01, True), (30.0, False)])
+async def test_an_unanswered_replay_is_asked_for_again_after_a_wait_with_jitter(
+    bench: Bench, monkeypatch, backoff_s: float, asks_again: bool
+) -> None:
+    monkeypatch.setattr("kvrouter_grpc.events.subscriber.REPLAY_INTERVAL_S", 0.0)
+    drawn: list[tuple[float, float]] = []
+
+    class Dice(random.Random):
+        def uniform(self, a: float, b: float) -> float:
+            drawn.append((a, b))
+            return super().uniform(a, b)
+
+    monkeypatch.setattr(random, "Random", Dice)
+    publisher = bench.start_publisher()
+    publisher.deaf = True
+    bench.subscribe(replay_timeout_s=0.05, replay_backoff_s=backoff_s, replay_backoff_max_s=60)
+    await bench.until(lambda: drawn)
+    assert drawn[0] == (0.5, 1.0)
+    if asks_again:
+        await bench.until(lambda: len(publisher.asked) == 2)
+    else:
+        await asyncio.sleep(0.2)  # several time limits, and none of the first wait
+        assert len(publisher.asked) == 1
+
+
 async def test_a_dead_replay_port_does_not_stop_the_stream_and_its_return_repairs_it(bench: Bench) -> None:
     publisher = bench.start_publisher()
     publisher.deaf = True
