@@ -158,6 +158,19 @@ async def test_prompts_that_no_event_tells_of_cost_trust(monkeypatch):
         await until(lambda: trust().value == 1.0, "events do come")
 
 
+async def test_prompts_that_were_cached_after_all_are_no_silence(monkeypatch):
+    """The picture does not know them, as after an unknown start: the engine has nothing to announce."""
+    monkeypatch.setattr(streams, "ECHO_S", 0.0)
+    async with running("a") as stack:
+        target = stack.target("a")
+        await stack.on("a", words(1, 330), max_tokens=1)
+        stack.router.index.clear(target)
+        for _ in range(3):
+            await stack.generate(words(1, 330), 1, routing=to("a"))
+        stream, _ = await status(stack)
+        assert (stream.hits.under, stream.freshness, stream.blocks) == (3, 1.0, 0)
+
+
 async def rest(call):
     async for _ in call:
         pass

@@ -116,6 +116,15 @@ class TestSilence:
         assert watch.silent(10.8, 20.0) == 0
         assert watch.silent(0.0, 20.0) == 0  # once answered, it stays so
 
+    def test_a_prompt_that_was_cached_after_all_is_excused(self) -> None:
+        watch = PromptWatch()
+        watch.computed(10.0, 11.0)
+        watch.computed(12.0, 13.0)
+        watch.excuse(10.0)
+        assert watch.silent(0.0, 99.0) == 1
+        watch.excuse(12.0)
+        assert not watch
+
     def test_without_prompts_silence_is_normal(self) -> None:
         assert PromptWatch().silent(0.0, 1e9) == 0
 

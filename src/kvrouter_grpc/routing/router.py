@@ -256,9 +256,13 @@ class Router:
             lease: Its booking.
             cached_tokens: As its engine reported, None when it did not.
         """
-        hits = self.index.hits(lease.decision.target)
-        if hits is not None and lease.expectation is not None:
-            hits.finished(lease.expectation, cached_tokens)
+        target, expected = lease.decision.target, lease.expectation
+        stream, hits = self.index.stream_if_known(target), self.index.hits(target)
+        if stream is None or hits is None or expected is None:
+            return
+        hits.finished(expected, cached_tokens)
+        if stream.prompts and cached_tokens is not None and cached_tokens > expected.likely:
+            stream.prompts.excuse(expected.booked_at)
 
     def resync_due(self, target: Target) -> bool:
         """Whether the picture of `target` foretells so badly that it should be begun anew, now; says yes once."""

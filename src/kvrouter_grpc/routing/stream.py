@@ -116,6 +116,10 @@ class PromptWatch:
         """A prompt with blocks that were not cached has its first token."""
         self._waiting.append((booked_at, now + ECHO_S))
 
+    def excuse(self, booked_at: float) -> None:
+        """The prompt booked then was cached after all: there was nothing to announce."""
+        self._waiting = deque((prompt for prompt in self._waiting if prompt[0] != booked_at), MOST_PROMPTS)
+
     def silent(self, heard_at: float, now: float) -> int:
         """How many have waited in vain.
 
