@@ -148,6 +148,20 @@ async def test_pins_of_both_phases() -> None:
             assert (routing.worker_name, routing.prefill.worker_name) == (decode, prefill)
 
 
+async def test_a_query_names_both_workers_and_asks_neither() -> None:
+    async with pools(2, 2) as stack:
+        pin = router_pb2.RoutingHints(prefill_worker_id=worker_id_of("p1"))
+        _, routing = await ask(stack, routing=pin, annotations=["query_instance_id"])
+        assert routing.worker_name in ("d0", "d1")
+        assert (routing.prefill.remote, routing.prefill.worker_name, routing.attempts) == (True, "p1", 0)
+        await stack.workers["p1"].kill()
+        await until(lambda: state(stack, "p1") == "unhealthy")
+        _, alone = await ask(stack, routing=pin, annotations=["query_instance_id"])
+        assert (alone.prefill.remote, alone.prefill.reason) == (False, "PINNED_WORKER_UNAVAILABLE")
+        assert [await computed(stack, name) for name in ("d0", "d1", "p0")] == [0, 0, 0]
+        assert not (await stack.admin.GetLoads(admin_pb2.GetLoadsRequest())).prefills
+
+
 async def test_filters_hold_for_both_phases() -> None:
     async with pools(2, 2) as stack:
         ids = [worker_id_of("d1"), worker_id_of("p1")]

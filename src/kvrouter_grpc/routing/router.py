@@ -147,6 +147,7 @@ class Router:
         model: str = "",
         explain: bool = False,
         exclude: Collection[Target] = (),
+        prefilled: bool = False,
     ) -> Decision:
         """Decide where a request would go; changes nothing.
 
@@ -156,11 +157,12 @@ class Router:
             model: Model or LoRA adapter that the worker must serve; "" for any.
             explain: Fill `Decision.candidates`.
             exclude: Targets that failed this request already.
+            prefilled: Another worker computes the prompt: only decoding counts.
 
         Raises:
             RouterError: Nobody can take it; the class and message say why.
         """
-        return self._decide(prompt, hints, self._plan_for(hints), model, explain, exclude)
+        return self._decide(prompt, hints, self._plan_for(hints, prefilled=prefilled), model, explain, exclude)
 
     def choose(self, tokens: TokenIds, model: str) -> tuple[Seat, Choice, tuple[int, int, int]]:
         """As `best_worker`, for a prompt for which nothing else is asked; the short way for callers at a high rate.
@@ -202,9 +204,7 @@ class Router:
             DuplicateRequestError: The id is in use.
         """
         self.loads.check_free(request_id)
-        plan = self._plan_for(hints)
-        if prefilled:
-            plan = self._decode_plan if plan is self._plan else plan.decoding()
+        plan = self._plan_for(hints, prefilled=prefilled)
         decision = self._decide(prompt, hints, plan, model, explain, exclude)
         weights = plan.weights
         seqs = self._decider.sequence()
@@ -323,8 +323,11 @@ class Router:
     def _freshness(self, target: Target) -> float:
         return freshness(self.index.evidence(target)).value
 
-    def _plan_for(self, hints: RoutingHints) -> Plan:
-        return self._plan if hints.override is None else self._plan.changed(hints.override)
+    def _plan_for(self, hints: RoutingHints, *, prefilled: bool = False) -> Plan:
+        if hints.override is None:
+            return self._decode_plan if prefilled else self._plan
+        plan = self._plan.changed(hints.override)
+        return plan.decoding() if prefilled else plan
 
     def _decide(
         self,

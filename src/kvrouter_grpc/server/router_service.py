@@ -36,7 +36,7 @@ from kvrouter_grpc.server.reply import (
 )
 from kvrouter_grpc.server.tokenizer import Tokenizer
 from kvrouter_grpc.server.violations import Violations
-from kvrouter_grpc.types import EngineRequest, Prompt
+from kvrouter_grpc.types import Decision, EngineRequest, Prompt
 from kvrouter_grpc.upstream.relay import Relay
 
 QUERY_ONLY = "query_instance_id"
@@ -127,11 +127,6 @@ class RouterService:
         if request.text:
             prompt = await self._tokenized(prompt, request.text)
         model = router.model_for(request.model, prompt.lora_name)
-        if any(mark.partition(":")[0] == QUERY_ONLY for mark in request.annotations):
-            message = router_pb2.GenerateResponse()
-            write_routing_data(message.routing, router.best_worker(prompt, hints, model=model), request_id, attempts=0)
-            yield message.SerializeToString()
-            return
         engine_request = EngineRequest(
             request_id=request_id,
             model=model,
@@ -141,6 +136,12 @@ class RouterService:
             priority=request.priority if request.HasField("priority") else None,
             kv_transfer_params=transfer,
         )
+        if any(mark.partition(":")[0] == QUERY_ONLY for mark in request.annotations):
+            message = router_pb2.GenerateResponse()
+            step = self._relay.preview(router, prompt, hints, engine_request)
+            write_routing_data(message.routing, cast("Decision", step.decision), request_id, 0, step.prefill)
+            yield message.SerializeToString()
+            return
         writer = AnswerWriter()
         async with aclosing(self._relay.generate(router, prompt, hints, engine_request)) as steps:
             async for step in steps:

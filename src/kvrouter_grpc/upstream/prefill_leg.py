@@ -76,9 +76,24 @@ class PrefillLeg:
         Raises:
             RouterError: Nobody could generate.
         """
+        return self._judged(router, prompt, hints, request, self.outcomes)
+
+    def preview(self, router: Router, prompt: Prompt, hints: RoutingHints, request: EngineRequest) -> "Handover | None":
+        """Say what `begin` and the prefill would come to; asks no worker, books and counts nothing. As `begin`."""
+        handover = self._judged(router, prompt, hints, request, Counter())
+        if handover is not None and handover.remote:
+            try:
+                handover.decision = self._pool.best_worker(prompt, _in_the_pool(hints), model=request.model)
+            except RouterError as error:
+                handover.leave(error.reason)
+        return handover
+
+    def _judged(
+        self, router: Router, prompt: Prompt, hints: RoutingHints, request: EngineRequest, outcomes: "Counter[str]"
+    ) -> "Handover | None":
         if request.kv_transfer_params is not None:
             return None
-        handover = Handover(self, prompt, hints, request)
+        handover = Handover(self, prompt, hints, request, outcomes)
         if not _transferable(request):
             handover.leave(NOT_TRANSFERABLE)
         elif self._local is not None and hints.prefill_worker_id is None:
@@ -93,9 +108,7 @@ class PrefillLeg:
         Raises:
             RouterError: Nobody can take it.
         """
-        hints = replace(
-            hints, worker_id=hints.prefill_worker_id, dp_rank=hints.prefill_dp_rank, expected_output_tokens=None
-        )
+        hints = _in_the_pool(hints)
         return self._pool.lease(request.request_id, prompt, hints, model=request.model, ttl_s=math.inf)
 
     async def ask(self, lease: Lease, prompt: Prompt, request: EngineRequest) -> dict[str, Json] | None:
@@ -143,13 +156,21 @@ class Handover:
         decision: For the prefill worker; None when none was asked.
     """
 
-    __slots__ = ("_hints", "_leg", "_prompt", "_request", "_sent", "decision", "reason", "remote")
+    __slots__ = ("_hints", "_leg", "_outcomes", "_prompt", "_request", "_sent", "decision", "reason", "remote")
 
-    def __init__(self, leg: PrefillLeg, prompt: Prompt, hints: RoutingHints, request: EngineRequest) -> None:
+    def __init__(
+        self,
+        leg: PrefillLeg,
+        prompt: Prompt,
+        hints: RoutingHints,
+        request: EngineRequest,
+        outcomes: "Counter[str]",
+    ) -> None:
         self.remote = True
         self.reason = ""
         self.decision: Decision | None = None
         self._leg = leg
+        self._outcomes = outcomes
         self._prompt = prompt
         self._hints = hints
         self._request = request
@@ -171,7 +192,7 @@ class Handover:
         """Leave the prompt to the worker that generates."""
         self.remote = False
         self.reason = reason
-        self._leg.outcomes[reason] += 1
+        self._outcomes[reason] += 1
 
     def take_back(self, error: UpstreamError) -> bool:
         """The worker that generates failed. What was computed for it may be gone with that: leave the prompt to it.
@@ -181,7 +202,7 @@ class Handover:
         """
         if not self.remote or not error.before_first_token:
             return False
-        self._leg.outcomes[""] -= 1
+        self._outcomes[""] -= 1
         self._fail(TRANSFER_FAILED, "the worker that generates failed with the computed prompt")
         return isinstance(error, UpstreamUnavailableError)
 
@@ -196,13 +217,18 @@ class Handover:
         if params is None:
             self._fail(NO_TRANSFER_PARAMS, "the prefill worker runs without a KV connector")
             return None
-        self._leg.outcomes[""] += 1
+        self._outcomes[""] += 1
         return replace(self._request, kv_transfer_params=params)
 
     def _fail(self, reason: str, why: str) -> None:
         self.leave(reason)
         worker = self.decision.worker_name if self.decision is not None else ""
         log.warning("prefill left to the decode worker", prefill_worker=worker, reason=reason, why=why)
+
+
+def _in_the_pool(hints: RoutingHints) -> RoutingHints:
+    """The hints as the decision for the prefill worker reads them."""
+    return replace(hints, worker_id=hints.prefill_worker_id, dp_rank=hints.prefill_dp_rank, expected_output_tokens=None)
 
 
 def _transferable(request: EngineRequest) -> bool:

@@ -54,6 +54,17 @@ class Relay:
         leg = self._legs.get(endpoint)
         return {} if leg is None else leg.outcomes
 
+    def preview(self, router: Router, prompt: Prompt, hints: RoutingHints, request: EngineRequest) -> RelayStep:
+        """Say where `generate` would go: a step without chunks or attempts. Sends and books nothing.
+
+        Raises:
+            RouterError: Of the decision.
+        """
+        leg = self._legs.get(router.endpoint)
+        prefill = leg.preview(router, prompt, hints, request) if leg is not None else None
+        prefilled = prefill is not None and prefill.remote
+        return RelayStep([], router.best_worker(prompt, hints, model=request.model, prefilled=prefilled), 0, prefill)
+
     async def generate(
         self, router: Router, prompt: Prompt, hints: RoutingHints, request: EngineRequest
     ) -> AsyncGenerator[RelayStep, None]:
