@@ -16,6 +16,7 @@ import zmq.asyncio
 from kvrouter_grpc.config import Config
 from kvrouter_grpc.discovery.fleet import Fleet
 from kvrouter_grpc.observability.logging import configure_logging
+from kvrouter_grpc.observability.metrics import MetricsServer, RouterCollector
 from kvrouter_grpc.routing.router import Router
 from kvrouter_grpc.server.server import GrpcServer
 from kvrouter_grpc.upstream.prefill_leg import PrefillLeg
@@ -34,6 +35,7 @@ class App:
     Attributes:
         address: Where KvRouter listens, `host:port`; "" before `started`.
         admin_address: Where KvRouterAdmin listens; the same unless it has a port of its own.
+        metrics_address: Where the metrics are served; "" when they are not.
         routers: Endpoint to router.
         started: Set when the ports are bound.
     """
@@ -41,6 +43,7 @@ class App:
     def __init__(self, config: Config) -> None:
         self.address = ""
         self.admin_address = ""
+        self.metrics_address = ""
         self.started = asyncio.Event()
         self.routers = {
             endpoint: Router(endpoint, config.router_of(endpoint), on_worker_change=lambda _: self._changed.set())
@@ -81,18 +84,21 @@ class App:
                     fleet.configure(spec)
                 relay = Relay(fleet.client, config.upstream, fleet.suspect, self._prefill_legs(fleet))
                 server = GrpcServer(config.server, self.routers, relay, fleet)
+                metrics = MetricsServer(config.server, RouterCollector(self.routers, fleet))
                 async with asyncio.TaskGroup() as group:
                     tasks = [
                         group.create_task(fleet.run(), name="fleet"),
                         group.create_task(self._follow_readiness(server, fleet), name="readiness"),
                     ]
                     try:
+                        self.metrics_address = await metrics.start()
                         self.address, self.admin_address = await server.start()
                         self.started.set()
                         await self._stop.wait()
                         await self._drain(server)
                     finally:
                         await server.stop(0)
+                        await metrics.stop()
                         for task in tasks:
                             task.cancel()
         finally:
@@ -161,6 +167,8 @@ async def _serve(config: Config) -> None:
         group.create_task(app.run(), name="app")
         await app.started.wait()
         said = {"event": "serving", "address": app.address, "admin_address": app.admin_address}
+        if app.metrics_address:
+            said["metrics_address"] = app.metrics_address
         sys.stdout.write(json.dumps(said) + "\n")
         sys.stdout.flush()
 

@@ -40,6 +40,13 @@ class ServerConfig(Section):
         "Own address of KvRouterAdmin, to keep worker registration off the public port; "
         "none serves it beside KvRouter.",
     )
+    metrics_port: int = setting(
+        -1,
+        "Port of the Prometheus metrics, HTTP /metrics on the host of listen; 0 takes any free port, -1 serves none.",
+        ge=-1,
+        le=65_535,
+        names=Names(env=("DYN_SYSTEM_PORT",)),
+    )
     max_concurrent_streams: int = setting(
         1000,
         "Open calls per client connection. A low value tames floods (rapid reset); a client that needs more "
