@@ -140,6 +140,7 @@ class RoutingHints:
     override: RouterOverride | None = None
     prefill_worker_id: int | None = None  # pin of the prefill leg, where the endpoint has a prefill pool
     prefill_dp_rank: int | None = None
+    session_id: str = ""  # of the conversation it belongs to; "" for none
 
 
 class Prompt(NamedTuple):
@@ -202,6 +203,7 @@ class Decision:
     cost: float
     freshness: float  # 0..1
     candidates: tuple[Candidate, ...] = ()
+    new_tokens: int = 0  # of the prompt that must be computed, as the cost counts them
 
 
 @dataclass(frozen=True, slots=True)

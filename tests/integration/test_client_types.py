@@ -45,6 +45,7 @@ PAIRS: list[tuple[type[Any], type[Message], dict[str, str]]] = [
     (fleet.HitPrediction, admin_pb2.HitPrediction, {}),
     (fleet.EngineReport, admin_pb2.EngineReport, {}),
     (fleet.PrefillCount, admin_pb2.PrefillCount, {}),
+    (fleet.ForeignLoad, admin_pb2.ForeignLoad, {}),
     (fleet.IndexStats, admin_pb2.IndexStats, {}),
 ]
 

@@ -1,6 +1,7 @@
 """The slow, clear twin of the compiled costs (`core/cost.pxd`): pure functions over plain numbers.
 
-Both formulas return the values of their terms in the order of `Cost.terms`; the cost is their sum.
+Every formula returns the values of its terms in the order of `Cost.terms`; the cost is their sum, times what the
+request's taint preferences make of it (`preferred`).
 """
 
 import math
@@ -23,6 +24,7 @@ class Row:
     active_blocks: int
     active_requests: int
     total_blocks: int  # 0 when not known
+    waiting_requests: int = 0
     taint_preference: float = 0.0  # sum of the request's preferences for its taints
 
 
@@ -40,8 +42,7 @@ class Cost(NamedTuple):
 
     terms: tuple[str, ...]
     score: Callable[[Sequence[Row], Ask, Weights], list[tuple[float, ...]]]
-    counts_in_flight: bool  # whether blocks of requests in flight count as cached
-    fewest_requests_break_ties: bool
+    own: bool  # this router's rules: see `is_own` in `core/cost.pxd`
 
 
 def cached_tokens(overlap: Overlap, in_flight_blocks: int, ask: Ask) -> int:
@@ -54,6 +55,34 @@ def cached_tokens(overlap: Overlap, in_flight_blocks: int, ask: Ask) -> int:
     return min(max(overlap.total, in_flight_blocks), usable) * ask.block_size
 
 
+def weighted(overlap: Overlap, weights: Weights) -> float:
+    """Blocks of the prompt that are held, those in lower tiers by what they are worth."""
+    return (
+        overlap.device
+        + weights.host_cache_hit_weight * overlap.host
+        + weights.disk_cache_hit_weight * (overlap.disk + overlap.remote)
+    )
+
+
+def held_blocks(row: Row, ask: Ask, weights: Weights) -> float:
+    """Blocks that need not be computed, by this router's rules."""
+    usable = max(ask.prompt_tokens - 1, 0) // ask.block_size
+    return min(max(row.freshness * weighted(row.overlap, weights), row.in_flight_blocks), usable)
+
+
+def new_tokens(row: Row, ask: Ask, weights: Weights, *, own: bool) -> int:
+    """What is booked as prefill load; trust in the overlap plays no part."""
+    held = weighted(row.overlap, weights)
+    if own:
+        held = min(max(held, row.in_flight_blocks), max(ask.prompt_tokens - 1, 0) // ask.block_size)
+    return max(0, ask.prompt_tokens - math.floor(held * ask.block_size + 0.5))
+
+
+def preferred(terms: Sequence[float], row: Row) -> tuple[float, ...]:
+    """The terms as the request's preferences scale them."""
+    return tuple(term * math.exp(-math.tanh(row.taint_preference)) for term in terms)
+
+
 def _prefill_first(rows: Sequence[Row], ask: Ask, weights: Weights) -> list[tuple[float, ...]]:
     """`queued + (1 + k) * new + shortage`, in tokens.
 
@@ -63,11 +92,9 @@ def _prefill_first(rows: Sequence[Row], ask: Ask, weights: Weights) -> list[tupl
     the `dynamo` cost at weight 1 and is within noise of a greedy oracle; the optimum is flat from 1 to 3.
     """
     scored: list[tuple[float, ...]] = []
-    usable = max(ask.prompt_tokens - 1, 0) // ask.block_size
     request_blocks = -(-(ask.prompt_tokens + ask.expected_output_tokens) // ask.block_size)
     for row in rows:
-        held = max(row.overlap.total * row.freshness, row.in_flight_blocks)
-        new = ask.prompt_tokens - min(held, usable) * ask.block_size
+        new = ask.prompt_tokens - held_blocks(row, ask, weights) * ask.block_size
         shortage = 0.0
         if row.total_blocks and weights.track_active_blocks:
             needed = row.active_blocks + request_blocks - row.in_flight_blocks
@@ -78,7 +105,7 @@ def _prefill_first(rows: Sequence[Row], ask: Ask, weights: Weights) -> list[tupl
 
 
 def _dynamo(rows: Sequence[Row], ask: Ask, weights: Weights) -> list[tuple[float, ...]]:
-    """`scale * max(0, raw_prefill - credit) + decode + w_r * requests`, in blocks, times the taint preference.
+    """`scale * max(0, raw_prefill - credit) + decode + w_r * requests`, in blocks.
 
     The formula of the Dynamo KV router's default selector: `raw_prefill` is the queue plus the whole prompt, `credit`
     what is cached by tier (decayed on targets whose queue is long), `decode` the blocks pinned with this request.
@@ -109,13 +136,42 @@ def _dynamo(rows: Sequence[Row], ask: Ask, weights: Weights) -> list[tuple[float
         else:
             prefill, decode = 0.0, max(0.0, decode - credit)
         requests = weights.decode_active_request_weight * row.active_requests
-        preference = math.exp(-math.tanh(row.taint_preference))
-        scored.append((prefill * preference, decode * preference, requests * preference))
+        scored.append((prefill, decode, requests))
+    return scored
+
+
+def _dynamo_example(rows: Sequence[Row], ask: Ask, weights: Weights) -> list[tuple[float, ...]]:
+    """`2 * overlap - usage - waiting`, the score of Dynamo's example of a router, turned into a cost: 2 minus it.
+
+    `overlap` is the share of the prompt that is cached, `usage` that of the cache in use, `waiting` the number of
+    requests without a first token over the most of any target.
+    """
+    scored: list[tuple[float, ...]] = []
+    most_waiting = max((row.waiting_requests for row in rows), default=0)
+    for row in rows:
+        cached = row.freshness * weighted(row.overlap, weights) * ask.block_size
+        overlap = cached / ask.prompt_tokens if ask.prompt_tokens else 0.0
+        usage = min(1.0, row.active_blocks / row.total_blocks) if row.total_blocks else 0.0
+        waiting = row.waiting_requests / most_waiting if most_waiting else 0.0
+        scored.append((2 * (1 - overlap), usage, waiting))
+    return scored
+
+
+def _lmetric(rows: Sequence[Row], ask: Ask, weights: Weights) -> list[tuple[float, ...]]:
+    """`prefill * (1 + requests)`, in tokens, as the sum of the prefill and of one more for each request in flight."""
+    scored: list[tuple[float, ...]] = []
+    for row in rows:
+        prefill = ask.prompt_tokens - held_blocks(row, ask, weights) * ask.block_size
+        if weights.track_prefill_tokens:
+            prefill += row.queued_prefill_tokens
+        scored.append((prefill, prefill * row.active_requests))
     return scored
 
 
 COSTS = {
-    "default": Cost(("queued_prefill", "new_prefill", "memory_shortage"), _prefill_first, True, True),
-    "dynamo": Cost(("prefill", "decode", "active_requests"), _dynamo, False, False),
+    "default": Cost(("queued_prefill", "new_prefill", "memory_shortage"), _prefill_first, own=True),
+    "dynamo": Cost(("prefill", "decode", "active_requests"), _dynamo, own=False),
+    "dynamo-example": Cost(("uncached", "kv_usage", "waiting"), _dynamo_example, own=False),
+    "lmetric": Cost(("prefill", "batch"), _lmetric, own=True),
 }
 """Cost functions by the name that `--router-cost` and `router_config_override.cost` use."""

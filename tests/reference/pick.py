@@ -6,6 +6,13 @@ from collections.abc import Sequence
 MASK = 2**64 - 1
 
 
+def scramble(word: int) -> int:
+    """The finalizer of SplitMix64."""
+    word = ((word ^ (word >> 30)) * 0xBF58476D1CE4E5B9) & MASK
+    word = ((word ^ (word >> 27)) * 0x94D049BB133111EB) & MASK
+    return word ^ (word >> 31)
+
+
 class Dice:
     """SplitMix64."""
 
@@ -14,10 +21,7 @@ class Dice:
 
     def next(self) -> int:
         self.state = (self.state + 0x9E3779B97F4A7C15) & MASK
-        mixed = self.state
-        mixed = ((mixed ^ (mixed >> 30)) * 0xBF58476D1CE4E5B9) & MASK
-        mixed = ((mixed ^ (mixed >> 27)) * 0x94D049BB133111EB) & MASK
-        return mixed ^ (mixed >> 31)
+        return scramble(self.state)
 
     def below(self, end: int) -> int:
         return ((self.next() >> 32) * end) >> 32
@@ -37,11 +41,18 @@ def lowest(costs: Sequence[float], requests: Sequence[int] | None, dice: Dice) -
 
 
 def shares(costs: Sequence[float], temperature: float) -> list[float]:
-    """What each index is drawn with: `p ~ exp(-(cost - min) / ((max - min) * temperature))`; all equal: uniform."""
-    low, high = min(costs), max(costs)
-    if high == low:
+    """What each index is drawn with: `p ~ exp(-(cost - min) / ((max - min) * temperature))`; all equal: uniform.
+
+    Infinity is never drawn while anything else can be.
+    """
+    finite = [cost for cost in costs if cost < math.inf]
+    if not finite:
         return [1.0] * len(costs)
-    return [1.0 if cost == low else math.exp(-(cost - low) / ((high - low) * temperature)) for cost in costs]
+    low, high = min(finite), max(finite)
+    return [
+        1.0 if cost == low else 0.0 if cost == math.inf else math.exp(-(cost - low) / ((high - low) * temperature))
+        for cost in costs
+    ]
 
 
 def softmax(costs: Sequence[float], temperature: float, dice: Dice) -> int:

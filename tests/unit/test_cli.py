@@ -43,14 +43,17 @@ def exit_code(*args: str) -> Any:
 
 
 def test_faults_are_all_told_on_stderr_with_exit_64() -> None:
-    result = run(*OK, "--router-temprature", "1", "--listen", "nowhere", DYN_ROUTER_MODE="direct")
+    result = run(*OK, "--router-temprature", "1", "--listen", "nowhere", DYN_ROUTER_MODE="fastest")
     assert result.returncode == 64
     assert result.stdout == ""
     assert result.stderr.splitlines() == [
         "kvrouter: 3 faults in the configuration:",
         "  - flag --router-temprature is unknown; did you mean --router-temperature?",
         "  - flag --listen: 'nowhere' is not usable; write host:port (it needs a host and a port from 0 to 65535)",
-        "  - environment DYN_ROUTER_MODE: 'direct' is not usable; write kv, round-robin or random",
+        (
+            "  - environment DYN_ROUTER_MODE: 'fastest' is not usable; write kv, round-robin, random, power-of-two, "
+            "least-loaded, device-aware-weighted, session, prefix, kv-aware or direct"
+        ),
     ]
 
 

@@ -160,7 +160,7 @@ def test_all_faults_at_once(tmp_path: Path) -> None:
             "--worker": ["nonsense"],
             "--admin-listen": "0.0.0.0:50051",
         },
-        {"DYN_ROUTER_MOD": "kv", "DYN_ROUTER_MODE": "direct", "KVROUTER_UPSTREAM_RETRIES": "11"},
+        {"DYN_ROUTER_MOD": "kv", "DYN_ROUTER_MODE": "fastest", "KVROUTER_UPSTREAM_RETRIES": "11"},
         file,
     )
     assert found == [
@@ -172,7 +172,10 @@ def test_all_faults_at_once(tmp_path: Path) -> None:
         "flag --router-temperature: 'hot' is not usable; write a number from 0 to 1000",
         "flag --worker 'nonsense': 'nonsense' is not key=value; write url=http://host:port,name=...",
         "environment DYN_ROUTER_MOD is not a setting; did you mean DYN_ROUTER_MODE?",
-        "environment DYN_ROUTER_MODE: 'direct' is not usable; write kv, round-robin or random",
+        (
+            "environment DYN_ROUTER_MODE: 'fastest' is not usable; write kv, round-robin, random, power-of-two, "
+            "least-loaded, device-aware-weighted, session, prefix, kv-aware or direct"
+        ),
         "environment KVROUTER_UPSTREAM_RETRIES: '11' is not usable; write an integer from 0 to 10",
         f"{file}: router is not a mapping of settings",
         f"{file}: server.listn is not a setting; did you mean server.listen?",

@@ -12,15 +12,20 @@ from hypothesis import strategies as st
 from kvrouter_grpc.routing.cost import COSTS as NAMES
 from kvrouter_grpc.routing.cost import Weights, credit_blocks
 from kvrouter_grpc.types import Overlap
-from reference.cost import COSTS, Ask, Row, cached_tokens
+from reference.cost import COSTS, Ask, Row, cached_tokens, new_tokens, preferred
 
 
-def row(device=0, host=0, disk=0, *, in_flight=0, fresh=1.0, queued=0, active=0, requests=0, total=0, taint=0.0):
-    return Row(Overlap(device, host, disk), in_flight, fresh, queued, active, requests, total, taint)
+def row(
+    device=0, host=0, disk=0, *, in_flight=0, fresh=1.0, queued=0, active=0, requests=0, total=0, waiting=0, taint=0.0
+):
+    return Row(
+        Overlap(device, host, disk), in_flight, fresh, queued, active, requests, total, waiting, taint_preference=taint
+    )
 
 
 def score(name, rows, ask, **weights):
-    return COSTS[name].score(rows, ask, Weights(**weights))
+    scored = COSTS[name].score(rows, ask, Weights(**weights))
+    return [preferred(terms, row) for terms, row in zip(scored, rows, strict=True)]
 
 
 ASK = Ask(prompt_tokens=100, block_size=16)
@@ -36,6 +41,8 @@ ASK = Ask(prompt_tokens=100, block_size=16)
         (row(4, fresh=0.5), {}, (0, 3 * (100 - 32), 0)),  # half the trust, half the overlap
         (row(4, in_flight=4, fresh=0.0), {}, (0, 108, 0)),  # what this router sent is known without events
         (row(4), {"new_work_weight": 0.0}, (0, 36, 0)),
+        (row(2, 2, 2), {}, (0, 3 * (100 - 64), 0)),  # two blocks, and two each worth 0.75 and 0.25
+        (row(2, 2, 2), {"host_cache_hit_weight": 1.0, "disk_cache_hit_weight": 1.0}, (0, 3 * (100 - 96), 0)),
         (row(active=90, total=100), {}, (0, 300, 0)),  # 90 + 7 of 100 blocks
         (row(active=98, total=100), {}, (0, 300, 5 * 16)),  # 98 + 7: five blocks short
         (row(active=98, total=100, in_flight=5), {}, (0, 60, 0)),  # five of the seven are pinned already
@@ -78,6 +85,68 @@ def test_default_cost_counts_expected_output_as_memory():
 def test_dynamo_cost_by_hand(rows, weights, expected):
     ask = Ask(prompt_tokens=96, block_size=16)
     assert score("dynamo", rows, ask, **weights) == [pytest.approx(values) for values in expected]
+
+
+@pytest.mark.parametrize("weight", [0.0, 1.0, 8.0])
+@given(
+    st.lists(st.tuples(st.integers(0, 6), st.integers(0, 50_000), st.integers(0, 1000)), min_size=1, max_size=5),
+    st.integers(96, 111),
+)
+def test_the_older_form_of_the_dynamo_cost_is_a_setting_of_the_newer(weight, made, tokens):
+    """`weight * (queued + new) / size + decode`, with `--router-kv-overlap-score-weight` as `load` translates it."""
+    rows = [row(device, queued=queued, active=active) for device, queued, active in made]
+    translated = {"prefill_load_scale": weight} | ({} if weight else {"overlap_score_credit": 0.0})
+    for one, terms in zip(rows, score("dynamo", rows, Ask(tokens, 16), **translated), strict=True):
+        new = tokens - 16 * one.overlap.device
+        older = weight * (one.queued_prefill_tokens + new) / 16 + one.active_blocks + tokens // 16
+        assert sum(terms) == pytest.approx(older)
+
+
+@pytest.mark.parametrize(
+    ("rows", "weights", "expected"),
+    [
+        ([row()], {}, [(2, 0, 0)]),
+        ([row(3)], {}, [(1, 0, 0)]),  # half of the prompt
+        ([row(1, 2, 2)], {}, [(2 - 2 * (1 + 1.5 + 0.5) / 6, 0, 0)]),
+        ([row(3, fresh=0.5)], {}, [(1.5, 0, 0)]),
+        ([row(active=25, total=100), row(active=200, total=100)], {}, [(2, 0.25, 0), (2, 1, 0)]),
+        ([row(waiting=1), row(waiting=4), row()], {}, [(2, 0, 0.25), (2, 0, 1), (2, 0, 0)]),
+    ],
+)
+def test_dynamo_example_cost_by_hand(rows, weights, expected):
+    scored = score("dynamo-example", rows, Ask(prompt_tokens=96, block_size=16), **weights)
+    assert scored == [pytest.approx(values) for values in expected]
+
+
+@pytest.mark.parametrize(
+    ("given_row", "weights", "expected"),
+    [
+        (row(), {}, (100, 0)),
+        (row(4, queued=50, requests=3), {}, (86, 3 * 86)),
+        (row(4, queued=50, requests=3), {"track_prefill_tokens": False}, (36, 3 * 36)),
+        (row(in_flight=5, requests=1), {}, (20, 20)),
+    ],
+)
+def test_lmetric_cost_by_hand(given_row, weights, expected):
+    assert score("lmetric", [given_row], ASK, **weights) == [pytest.approx(expected)]
+
+
+@pytest.mark.parametrize(
+    ("given_row", "own", "published"),
+    [
+        (row(), 96, 96),
+        (row(2), 64, 64),
+        (row(2, fresh=0.0), 64, 64),
+        (row(6), 16, 0),  # an engine computes the last block again; the contract does not say so
+        (row(1, 2, 2), 96 - 48, 96 - 48),  # 1 + 1.5 + 0.5 blocks
+        (row(1, 1), 96 - 28, 96 - 28),
+        (row(in_flight=5), 16, 96),
+    ],
+)
+def test_what_is_booked_as_prefill_load(given_row, own, published):
+    ask = Ask(96, 16)
+    assert new_tokens(given_row, ask, Weights(), own=True) == own
+    assert new_tokens(given_row, ask, Weights(), own=False) == published
 
 
 @pytest.mark.parametrize(
@@ -140,4 +209,5 @@ def test_terms_are_finite_and_not_negative_and_more_overlap_never_costs_more(nam
     terms = score(name, [base], ask)[0]
     assert len(terms) == len(COSTS[name].terms)
     assert all(math.isfinite(value) for value in terms)
-    assert all(value >= 0 for value in terms[: 1 if name == "dynamo" else None])
+    if base.overlap.total * size <= tokens and base.in_flight_blocks <= base.active_blocks + tokens // size:
+        assert all(value >= 0 for value in terms)

@@ -3,7 +3,7 @@
 import math
 from array import array
 from collections import Counter
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import pytest
 from hypothesis import given, settings
@@ -11,9 +11,11 @@ from hypothesis import strategies as st
 
 from kvrouter_grpc.core import Decider, Policy, RadixTree, TargetTable, hash_sequence
 from kvrouter_grpc.routing.cost import Weights
+from kvrouter_grpc.routing.mode import Knobs
 from kvrouter_grpc.types import Overlap
 from reference import pick
-from reference.cost import COSTS, Ask, Row, cached_tokens
+from reference.cost import COSTS, Ask, Row, cached_tokens, new_tokens, preferred
+from reference.mode import MODES, Scene, Seat, fewest_requests_break_ties
 
 SIZE = 4
 SEED = 1337
@@ -32,6 +34,8 @@ class Made:
     requests: int = 0
     total: int = 0
     taint: float = 0.0
+    on_cpu: bool = False
+    foreign: tuple[int, int, int, int] = (0, 0, 0, 0)  # as `TargetTable.foreign` tells it
 
 
 class Field:
@@ -65,11 +69,13 @@ class Field:
                         break
                 depth += blocks
         self.table.set_freshness(row, made.fresh)
-        self.table.set_total_blocks(row, made.total)
+        self.table.describe(row, total_blocks=made.total, identity=identity(number), on_cpu=made.on_cpu)
         self.table.book(row, self.seqs[: made.in_flight], made.queued, True)
         self.table.book(row, array("Q", range(made.private)), 0, False)
         for _ in range(made.requests):
-            self.table.book(row, NO_BLOCKS, 0, True)
+            ticket = self.table.book(row, NO_BLOCKS, 0, True)
+            self.table.first_token(ticket, 0)
+        self.table.set_foreign(row, *made.foreign)
         return row
 
     def expected_rows(self):
@@ -80,33 +86,53 @@ class Field:
                 tiers.append(min(blocks, left))
                 left -= tiers[-1]
             in_flight = min(made.in_flight, len(self.seqs))
-            pinned = in_flight + made.private
+            requests, waiting, tokens, blocks = made.foreign
             rows.append(
                 Row(
-                    Overlap(*tiers),
-                    in_flight,
-                    made.fresh,
-                    made.queued,
-                    pinned,
-                    made.requests + 2,
-                    made.total,
-                    made.taint,
+                    overlap=Overlap(*tiers),
+                    in_flight_blocks=in_flight,
+                    freshness=made.fresh,
+                    queued_prefill_tokens=made.queued + tokens,
+                    active_blocks=in_flight + made.private + blocks,
+                    active_requests=made.requests + 2 + requests,
+                    total_blocks=min(made.total, 2**32 - 1),
+                    waiting_requests=2 + waiting,
+                    taint_preference=made.taint,
                 )
             )
         return rows
 
-    def decide(self, weights=Weights(), *, output=0, explain=False, preferences=True, **policy):  # noqa: B008
+    @property
+    def seats(self):
+        return [Seat(identity(number), made.on_cpu) for number, made in enumerate(self.made)]
+
+    def decide(
+        self,
+        weights=Weights(),  # noqa: B008
+        knobs=Knobs(),  # noqa: B008
+        *,
+        output=0,
+        explain=False,
+        preferences=True,
+        session=None,
+        **policy,
+    ):
         return self.decider.decide(
             self.tokens,
             SEED,
             None,
-            Policy(weights, **policy),
+            Policy(weights, knobs, **policy),
             self.rows,
             self.preferences if preferences else None,
             output,
             self.turn,
             explain,
+            session,
         )
+
+
+def identity(number):
+    return pick.scramble(number + 1)
 
 
 def tiers(draw_total):
@@ -123,6 +149,9 @@ MADE = st.builds(
     requests=st.integers(0, 3),
     total=st.sampled_from([0, 10, 20]) | st.integers(0, 2**33),
     taint=st.just(0.0) | st.floats(-5, 5),
+    on_cpu=st.booleans(),
+    foreign=st.just((0, 0, 0, 0))
+    | st.tuples(st.integers(3, 9), st.integers(0, 3), st.integers(0, 5000), st.integers(0, 500)),
 )
 KNOB = st.sampled_from([0.0, 1.0]) | st.floats(0, 1e6)
 WEIGHTS = st.builds(
@@ -141,43 +170,59 @@ WEIGHTS = st.builds(
 TEMPERATURES = st.just(0.0) | st.floats(1e-6, 1e6)
 
 
+KNOBS = st.builds(
+    Knobs,
+    session_load_bound=st.sampled_from([1.0, 1.25, 1e6]),
+    prefix_threshold=st.sampled_from([0, 8, 20]),
+    kv_aware_threshold=st.sampled_from([0, 4, 30, 2000]),
+    accelerator_to_cpu_ratio=st.sampled_from([1.0, 1.5, 8.0]),
+)
+
+
 @settings(max_examples=300, deadline=None)
 @given(
     st.lists(MADE, min_size=1, max_size=9),
     st.integers(0, 50),
     st.sampled_from(sorted(COSTS)),
+    st.just("kv") | st.sampled_from(sorted(MODES)),
     WEIGHTS,
+    KNOBS,
     TEMPERATURES,
+    st.none() | st.integers(0, 2**64 - 1),
     st.integers(0, 2**64 - 1),
     st.integers(0, 50),
 )
-def test_terms_overlaps_and_choice_are_those_of_the_reference(made, length, cost, weights, temperature, seed, output):
+def test_terms_overlaps_and_choice_are_those_of_the_reference(
+    made, length, cost, mode, weights, knobs, temperature, session, seed, output
+):
     field = Field(made, range(7, 7 + length), seed)
     ask = Ask(length, SIZE, output)
     rows = field.expected_rows()
     terms = COSTS[cost].score(rows, ask, weights)
     dice = pick.Dice(seed)
-    for _ in range(3):
-        choice = field.decide(weights, cost=cost, temperature=temperature, output=output, explain=True)
+    for field.turn in range(3):
+        choice = field.decide(
+            weights, knobs, cost=cost, mode=mode, temperature=temperature, output=output, session=session, explain=True
+        )
         for seen, row, expected, number in zip(choice.candidates, rows, terms, field.rows, strict=True):
             assert (seen.row, seen.blocks, seen.freshness) == (number, length // SIZE, row.freshness)
             assert seen.tiers == row.overlap
             assert seen.in_flight == row.in_flight_blocks
-            assert seen.terms == pytest.approx(expected, rel=1e-12)
+            assert seen.terms == pytest.approx(preferred(expected, row), rel=1e-12)
             assert seen.cost == sum(seen.terms)
-            in_flight = row.in_flight_blocks if COSTS[cost].counts_in_flight else 0
+            in_flight = row.in_flight_blocks if COSTS[cost].own else 0
             assert seen.cached_tokens == cached_tokens(row.overlap, in_flight, ask)
-        # The choice is compared on the compiled costs: their last bits are the compiler's.
-        costs = [seen.cost for seen in choice.candidates]
-        requests = [row.active_requests for row in rows] if COSTS[cost].fewest_requests_break_ties else None
+            assert seen.new_tokens == new_tokens(row, ask, weights, own=COSTS[cost].own)
+        # Costs are compared on the compiled ones: their last bits are the compiler's.
+        scene = Scene(rows, field.seats, ask, cost, weights, knobs, field.turn, session, dice)
+        scores = [seen.cost for seen in choice.candidates] if mode in {"kv", "direct"} else MODES[mode](scene)
         if temperature:
-            assert choice.row == field.rows[pick.softmax(costs, temperature, dice)]
+            assert choice.row == field.rows[pick.softmax(scores, temperature, dice)]
         else:
-            assert choice.row == field.rows[pick.lowest(costs, requests, dice)]
-        assert (choice.cost, choice.terms) == (
-            costs[field.rows.index(choice.row)],
-            choice.candidates[field.rows.index(choice.row)].terms,
-        )
+            requests = scene.requests if fewest_requests_break_ties(mode, cost) else None
+            assert choice.row == field.rows[pick.lowest(scores, requests, dice)]
+        seen = choice.candidates[field.rows.index(choice.row)]
+        assert (choice.cost, choice.terms) == (seen.cost, seen.terms)
 
 
 @pytest.mark.parametrize("targets", [1, 2, 64, 1024])
@@ -190,7 +235,7 @@ def test_many_targets(targets, cost):
     field = Field(made, range(22), seed=5)
     rows = field.expected_rows()
     costs = [sum(terms) for terms in COSTS[cost].score(rows, Ask(22, SIZE), Weights())]
-    requests = [row.active_requests for row in rows] if COSTS[cost].fewest_requests_break_ties else None
+    requests = [row.active_requests for row in rows] if COSTS[cost].own else None
     dice = pick.Dice(5)
     for _ in range(5):
         choice = field.decide(cost=cost, preferences=False)
@@ -243,6 +288,74 @@ def test_taking_turns_and_chance():
     assert all(abs(even[row] - 1000) < 180 for row in range(5))
 
 
+def test_the_less_busy_of_two():
+    field = Field([Made(requests=number) for number in range(4)], range(8))
+    drawn = Counter(field.decide(mode="power-of-two").row for _ in range(6000))
+    # Of six pairs, the least busy row is in three, the next in two more, and so on; the busiest never wins.
+    assert [round(6 * drawn[row] / 6000) for row in range(4)] == [3, 2, 1, 0]
+    assert drawn[3] == 0
+    even = Field([Made()] * 3, range(8))
+    drawn = Counter(even.decide(mode="power-of-two").row for _ in range(3000))
+    assert all(abs(drawn[row] - 1000) < 160 for row in range(3))
+    assert Field([Made()], [1]).decide(mode="power-of-two").row == 0
+
+
+def test_targets_on_cpus_get_their_share():
+    """Each decision is booked: an accelerator that is worth four CPUs ends up with four times as much as one."""
+    field = Field([Made(), Made(), Made(on_cpu=True)], range(4))
+    for _ in range(900):
+        chosen = field.decide(knobs=Knobs(accelerator_to_cpu_ratio=4.0), mode="device-aware-weighted").row
+        field.table.book(chosen, NO_BLOCKS, 0, True)
+    requests = [field.table.load(row)[0] - 2 for row in field.rows]
+    assert requests == pytest.approx([400, 400, 100], abs=4)
+
+
+def test_a_session_stays_and_a_target_that_goes_moves_only_its_own():
+    sessions = [pick.scramble(number) for number in range(2000)]
+    field = Field([Made() for _ in range(8)], range(4))
+    knobs = Knobs(session_load_bound=1e6)
+    homes = {key: field.decide(knobs=knobs, mode="session", session=key).row for key in sessions}
+    assert all(abs(count - 250) < 90 for count in Counter(homes.values()).values())
+    assert len(set(homes.values())) == 8
+    field.rows, field.preferences = field.rows[:3] + field.rows[4:], field.preferences[1:]
+    for key, home in homes.items():
+        moved = field.decide(knobs=knobs, mode="session", session=key).row
+        assert home in {moved, 3}
+
+
+def test_a_busy_target_passes_sessions_on_and_nobody_exceeds_the_bound():
+    field = Field([Made() for _ in range(5)], range(4))
+    for number in range(500):
+        chosen = field.decide(knobs=Knobs(session_load_bound=1.25), mode="session", session=7 + number % 3).row
+        field.table.book(chosen, NO_BLOCKS, 0, True)
+    requests = [field.table.load(row)[0] for row in field.rows]
+    assert max(requests) <= math.ceil(1.25 * sum(requests) / 5)
+
+
+def test_prefix_modes_fall_back_when_the_match_is_short():
+    made = [Made((3, 0, 0, 0), requests=5), Made((3, 0, 0, 0), requests=4), Made()]
+    field = Field(made, range(20))
+    assert field.decide(mode="prefix").row == 1
+    assert field.decide(knobs=Knobs(prefix_threshold=12), mode="prefix").row == 1
+    assert field.decide(knobs=Knobs(prefix_threshold=13), mode="prefix").row == 2
+    assert field.decide(knobs=Knobs(kv_aware_threshold=8), mode="kv-aware").row == 1
+    assert field.decide(knobs=Knobs(kv_aware_threshold=7), mode="kv-aware").row == 2
+    homes = {
+        field.decide(knobs=Knobs(session_load_bound=9, kv_aware_threshold=7), mode="kv-aware", session=key).row
+        for key in range(50)
+    }
+    assert homes == {0, 1, 2}
+    assert Field([Made(requests=1), Made()], range(20)).decide(mode="kv-aware").row == 1  # nobody holds anything
+
+
+def test_the_average_of_new_tokens_follows_the_decisions():
+    field = Field([Made()], range(20))
+    assert field.decider.usual_new_tokens == 0
+    for _ in range(1000):
+        field.decide()
+    assert field.decider.usual_new_tokens == pytest.approx(20)
+
+
 def test_a_seed_repeats_the_choices():
     again = [
         [Field([Made()] * 8, range(4), seed).decide(temperature=t).row for seed in range(40)] for t in (0.0, 0.0, 1.0)
@@ -257,14 +370,16 @@ def test_without_an_index_load_alone_decides():
     table = TargetTable()
     rows = array("I", [table.add("a"), table.add("b")])
     table.book(rows[0], NO_BLOCKS, 5, True)
-    choice = Decider(table).decide(array("I", range(100)), SEED, None, Policy(Weights()), rows, None, 0, 0, True)
+    choice = Decider(table).decide(
+        array("I", range(100)), SEED, None, Policy(Weights(), Knobs()), rows, None, 0, 0, True
+    )
     assert (choice.row, choice.blocks, choice.tiers, choice.cached_tokens) == (1, 0, (0, 0, 0, 0), 0)
     assert [seen.terms for seen in choice.candidates] == [(5, 300, 0), (0, 300, 0)]
 
 
 def test_multimodal_content_and_seed_are_part_of_the_prompt():
     field = Field([Made((3, 0, 0, 0))], range(12))
-    policy = Policy(Weights())
+    policy = Policy(Weights(), Knobs())
     ask = field.decider.decide
     assert ask(field.tokens, SEED, {}, policy, field.rows, None, 0, 0, False).tiers[0] == 3
     assert ask(field.tokens, SEED, {1: [9]}, policy, field.rows, None, 0, 0, False).tiers[0] == 1
@@ -311,7 +426,7 @@ def test_what_is_wrong_is_named_and_changes_nothing(change, error, said):
         "tokens": field.tokens,
         "seed": SEED,
         "mm_hashes": None,
-        "policy": Policy(Weights()),
+        "policy": Policy(Weights(), Knobs()),
         "rows": field.rows,
         "preferences": None,
         "output_tokens": 0,
@@ -324,7 +439,7 @@ def test_what_is_wrong_is_named_and_changes_nothing(change, error, said):
 
 
 def test_policies_know_their_names():
-    with pytest.raises(ValueError, match="default, dynamo"):
-        Policy(Weights(), cost="other")
+    with pytest.raises(ValueError, match="default, dynamo, dynamo-example, lmetric"):
+        Policy(Weights(), Knobs(), cost="other")
     with pytest.raises(ValueError, match="round-robin"):
-        Policy(replace(Weights(), new_work_weight=1.0), mode="other")
+        Policy(Weights(), Knobs(), mode="other")

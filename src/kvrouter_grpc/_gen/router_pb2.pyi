@@ -434,6 +434,7 @@ class RoutingHints(_message.Message):
     STRICT_PRIORITY_FIELD_NUMBER: _builtins.int
     PRIORITY_JUMP_S_FIELD_NUMBER: _builtins.int
     DO_NOT_QUEUE_FIELD_NUMBER: _builtins.int
+    SESSION_ID_FIELD_NUMBER: _builtins.int
     worker_id: _builtins.int
     """Pins the request to this worker. It is never sent elsewhere."""
     dp_rank: _builtins.int
@@ -454,6 +455,11 @@ class RoutingHints(_message.Message):
     """Seconds by which the request is treated as if it had arrived earlier."""
     do_not_queue: _builtins.bool
     """Fail with RESOURCE_EXHAUSTED rather than wait in a queue."""
+    session_id: _builtins.str
+    """The conversation that the request belongs to, at most 256 characters. Modes that go by session, and session affinity,
+    keep requests of one session on one worker. When empty, the call's metadata may name it (`--router-session-metadata`,
+    `x-session-id` unless configured otherwise); requests of a batch or of a stream of batches must name it here.
+    """
     @_builtins.property
     def allowed_worker_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Only these workers may be picked; empty for all."""
@@ -481,10 +487,11 @@ class RoutingHints(_message.Message):
         strict_priority: _builtins.int = ...,
         priority_jump_s: _builtins.float = ...,
         do_not_queue: _builtins.bool = ...,
+        session_id: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_decode_worker_id", b"_decode_worker_id", "_dp_rank", b"_dp_rank", "_expected_output_tokens", b"_expected_output_tokens", "_prefill_dp_rank", b"_prefill_dp_rank", "_prefill_worker_id", b"_prefill_worker_id", "_worker_id", b"_worker_id", "decode_worker_id", b"decode_worker_id", "dp_rank", b"dp_rank", "expected_output_tokens", b"expected_output_tokens", "prefill_dp_rank", b"prefill_dp_rank", "prefill_worker_id", b"prefill_worker_id", "worker_id", b"worker_id"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_decode_worker_id", b"_decode_worker_id", "_dp_rank", b"_dp_rank", "_expected_output_tokens", b"_expected_output_tokens", "_prefill_dp_rank", b"_prefill_dp_rank", "_prefill_worker_id", b"_prefill_worker_id", "_worker_id", b"_worker_id", "allowed_worker_ids", b"allowed_worker_ids", "decode_worker_id", b"decode_worker_id", "do_not_queue", b"do_not_queue", "dp_rank", b"dp_rank", "expected_output_tokens", b"expected_output_tokens", "preferred_taints", b"preferred_taints", "prefill_dp_rank", b"prefill_dp_rank", "prefill_worker_id", b"prefill_worker_id", "priority_jump_s", b"priority_jump_s", "required_taints", b"required_taints", "strict_priority", b"strict_priority", "worker_id", b"worker_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_decode_worker_id", b"_decode_worker_id", "_dp_rank", b"_dp_rank", "_expected_output_tokens", b"_expected_output_tokens", "_prefill_dp_rank", b"_prefill_dp_rank", "_prefill_worker_id", b"_prefill_worker_id", "_worker_id", b"_worker_id", "allowed_worker_ids", b"allowed_worker_ids", "decode_worker_id", b"decode_worker_id", "do_not_queue", b"do_not_queue", "dp_rank", b"dp_rank", "expected_output_tokens", b"expected_output_tokens", "preferred_taints", b"preferred_taints", "prefill_dp_rank", b"prefill_dp_rank", "prefill_worker_id", b"prefill_worker_id", "priority_jump_s", b"priority_jump_s", "required_taints", b"required_taints", "session_id", b"session_id", "strict_priority", b"strict_priority", "worker_id", b"worker_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__decode_worker_id: _TypeAlias = _typing.Literal["decode_worker_id"]  # noqa: Y015
     _WhichOneofArgType__decode_worker_id: _TypeAlias = _typing.Literal["_decode_worker_id", b"_decode_worker_id"]  # noqa: Y015
@@ -550,7 +557,7 @@ class RouterConfigOverride(_message.Message):
         """Deprecated name of `prefill_load_scale`; 0 also sets `overlap_score_credit` to 0."""
 
     cost: _builtins.str
-    """Cost function: `default` or `dynamo`."""
+    """Cost function: `default`, `dynamo`, `dynamo-example` or `lmetric`."""
     def __init__(
         self,
         *,
@@ -1343,7 +1350,7 @@ Global___Status: _TypeAlias = Status  # noqa: Y015
 
 @_typing.final
 class TargetLoad(_message.Message):
-    """Work booked on one target by this router."""
+    """Work on one target: what this router booked, and what engine reports say comes from elsewhere."""
 
     DESCRIPTOR: _descriptor.Descriptor
 

@@ -64,15 +64,6 @@ class PendingRouterConfig(Section):
         ge=0,
         names=Names(flag="--active-prefill-tokens-threshold-frac", env=("DYN_ACTIVE_PREFILL_TOKENS_THRESHOLD_FRAC",)),
     )
-    session_affinity_ttl_secs: float | None = setting(
-        None, "Keep a session on its worker until it was idle for this many seconds.", gt=0
-    )
-
-    # The load model.
-    track_output_blocks: bool = setting(
-        False,
-        "Count the blocks that running requests generate, too.",
-    )
 
     # State shared between replicas.
     replica_sync: bool = setting(False, "Share the booked load between router replicas.")

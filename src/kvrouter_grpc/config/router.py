@@ -18,7 +18,21 @@ PREDICT_AHEAD_S = 2.0
 """Seconds that `predict_on_route` stands for: events arrive within a fraction of one."""
 
 OWN = Names(dynamo=False)  # settings which Dynamo does not have
-Mode = Annotated[Literal["kv", "round-robin", "random"], BeforeValidator(_mode)]
+Mode = Annotated[
+    Literal[
+        "kv",
+        "round-robin",
+        "random",
+        "power-of-two",
+        "least-loaded",
+        "device-aware-weighted",
+        "session",
+        "prefix",
+        "kv-aware",
+        "direct",
+    ],
+    BeforeValidator(_mode),
+]
 
 
 class RouterConfig(PendingRouterConfig):
@@ -27,7 +41,12 @@ class RouterConfig(PendingRouterConfig):
     Except: `mode` starts as kv, `block_size` is learned from the workers, and `cost` names the formula.
     """
 
-    mode: Mode = setting("kv", "Choose by cached prefix and load (kv), in turn (round-robin) or by chance (random).")
+    mode: Mode = setting(
+        "kv",
+        "How to choose: by cached prefix and load (kv), in turn (round-robin), by chance (random), the less busy of "
+        "two (power-of-two), the least busy (least-loaded, device-aware-weighted), by conversation (session), by "
+        "longest prefix (prefix, kv-aware), or as each request says (direct). docs/modes.md has the details.",
+    )
     block_size: int | None = setting(
         None,
         "Tokens per KV block. None learns it from the workers; a number must equal the engines' "
@@ -35,10 +54,11 @@ class RouterConfig(PendingRouterConfig):
         ge=1,
         le=65_536,
     )
-    cost: Literal["default", "dynamo"] = setting(
+    cost: Literal["default", "dynamo", "dynamo-example", "lmetric"] = setting(
         "default",
         "Formula of mode kv. default counts tokens: queued prefill, new work (see new-work-weight) and lack "
-        "of KV memory. dynamo counts blocks, with the credits and weights below.",
+        "of KV memory. dynamo counts blocks, with the credits and weights below. dynamo-example adds up shares: of the "
+        "prompt, of KV memory and of waiting requests. lmetric multiplies prefill tokens by requests.",
         names=OWN,
     )
     new_work_weight: float = setting(
@@ -51,12 +71,55 @@ class RouterConfig(PendingRouterConfig):
     )
     temperature: float = setting(
         0.0,
-        "0 takes the cheapest worker. Above, a softmax over the costs spreads the choice.",
+        "0 takes the cheapest worker. Above, a softmax over the costs, or what else the mode goes by, spreads the "
+        "choice.",
         ge=0,
         le=1000,
     )
     seed: int | None = setting(
         None, "Seed of every random choice, for a repeatable run; none is random.", ge=0, lt=2**63, names=OWN
+    )
+    session_affinity_ttl_secs: float | None = setting(
+        None,
+        "Keep a session on its worker, in every mode, until it was idle for this many seconds; none keeps none. "
+        "A worker that fails or leaves loses its sessions.",
+        gt=0,
+        le=604_800,
+    )
+    session_metadata: str = setting(
+        "x-session-id",
+        "Metadata key of the calls that names the session of requests whose routing.session_id is empty.",
+        pattern=r"^[a-z0-9_.-]{1,64}$",
+        names=OWN,
+    )
+    session_load_bound: float = setting(
+        1.25,
+        "Mode session: a worker with more than this many times the mean number of requests passes new ones on to the "
+        "session's next worker.",
+        ge=1,
+        le=1_000_000,
+        names=OWN,
+    )
+    prefix_threshold: int = setting(
+        0,
+        "Mode prefix: tokens that the longest match must have; else the least busy worker is taken.",
+        ge=0,
+        le=1 << 30,
+        names=OWN,
+    )
+    kv_aware_threshold: int = setting(
+        2000,
+        "Mode kv-aware: tokens of the prompt that the longest match may lack; else it goes by session.",
+        ge=0,
+        le=1 << 30,
+        names=OWN,
+    )
+    accelerator_to_cpu_ratio: float = setting(
+        8.0,
+        "Mode device-aware-weighted: how many workers with the taint 'cpu' one worker without it is worth.",
+        ge=1,
+        le=1_000_000,
+        names=Names(env=("DYN_ENCODER_CUDA_TO_CPU_RATIO",), dynamo=False),
     )
     kv_events: bool = setting(
         True,
@@ -123,6 +186,11 @@ class RouterConfig(PendingRouterConfig):
     track_active_blocks: bool = setting(
         True,
         "Count the blocks of running requests as load. Off suits prefill-only workers.",
+    )
+    track_output_blocks: bool = setting(
+        False,
+        "Count the blocks that running requests generate as load, too. A request that tells its "
+        "expected_output_tokens counts less and less towards its end.",
     )
     track_prefill_tokens: bool = setting(
         True,

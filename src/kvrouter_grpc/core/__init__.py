@@ -2,8 +2,9 @@
 
 try:
     from kvrouter_grpc.core.block_hash import hash_blocks, hash_bytes, hash_sequence, seed_for, sequence_hashes
-    from kvrouter_grpc.core.decider import Choice, Decider, Policy
+    from kvrouter_grpc.core.decider import Choice, Decider
     from kvrouter_grpc.core.kv_feed import Applied, BatchError, KvFeed
+    from kvrouter_grpc.core.policy import COSTS, Policy
     from kvrouter_grpc.core.radix_tree import RadixTree
     from kvrouter_grpc.core.reply_wire import answer_reply, best_worker_head, best_worker_reply, delimited
     from kvrouter_grpc.core.request_wire import entries, read_plain, split
@@ -13,6 +14,7 @@ except ModuleNotFoundError as error:
     raise ImportError("The compiled core is missing. Build it in the source tree with: make build") from error
 
 __all__ = [
+    "COSTS",
     "Applied",
     "BatchError",
     "Choice",

@@ -1,7 +1,8 @@
 """What it costs to send a request to a target, term by term. The lowest sum wins.
 
-`prefill_first` is the router's own policy, `dynamo` the published formula of the Dynamo KV router, for people who move
-over and for comparison. `tests/reference/cost.py` has both once more, written for readers.
+`prefill_first` is the router's own policy; the others are published ones, for people who move over and for comparison.
+`tests/reference/cost.py` has them all once more, written for readers. One more formula is: a function here and a line in
+`Formula` and `cost_terms`, its name and terms in `policy.pyx` and `config/router.py`, and its twin.
 """
 
 from libc.math cimport exp, tanh
@@ -13,10 +14,12 @@ from kvrouter_grpc.core.target cimport TIERS, Target, active_blocks
 cdef enum Formula:
     PREFILL_FIRST
     DYNAMO
+    DYNAMO_EXAMPLE
+    LMETRIC
 
 
 cdef enum:
-    TERMS = 3  # of either formula
+    MOST_TERMS = 3  # of any formula; those that it does not have are 0
 
 
 cdef struct Weights:
@@ -41,7 +44,8 @@ cdef struct Ask:
     int64_t full_blocks  # of the prompt
     int64_t prompt_blocks  # the last one may be in part
     int64_t request_blocks  # prompt and expected output
-    int64_t shortest_queue  # of all targets asked, in tokens
+    int64_t shortest_queue  # of all targets asked, in tokens; only where a formula asks for it, as the next
+    uint32_t most_waiting  # requests without a first token, of all targets asked
 
 
 # What one target has of the prompt.
@@ -63,16 +67,51 @@ cdef inline void ask_init(Ask* ask, int64_t tokens, int64_t output_tokens, int64
     ask.prompt_blocks = (tokens + block_size - 1) // block_size
     ask.request_blocks = (tokens + output_tokens + block_size - 1) // block_size
     ask.shortest_queue = 0
+    ask.most_waiting = 0
 
 
-cdef inline int64_t cached_tokens(const Overlap* overlap, bint with_in_flight, const Ask* ask) noexcept nogil:
+cdef inline bint is_own(Formula formula) noexcept nogil:
+    """Whether a formula goes by this router's rules, not by published ones.
+
+    Those are: what requests in flight pin counts as cached, an engine computes at least the last block, and equal
+    costs go to the target with the fewest requests.
+    """
+    return formula == PREFILL_FIRST or formula == LMETRIC
+
+
+cdef inline int64_t cached_tokens(const Overlap* overlap, const Ask* ask, const Weights* weights) noexcept nogil:
     """Tokens of the prompt that the engine should find cached; what its `cached_tokens` should say."""
     cdef int64_t blocks = overlap_total(overlap)
-    if with_in_flight and overlap.in_flight > blocks:
+    if is_own(weights.formula) and overlap.in_flight > blocks:
         blocks = overlap.in_flight
-    if blocks > ask.usable_blocks:
-        blocks = ask.usable_blocks
-    return blocks * ask.block_size
+    return min(blocks, ask.usable_blocks) * ask.block_size
+
+
+cdef inline double weighted_blocks(const Overlap* overlap, const Weights* weights) noexcept nogil:
+    """Blocks that a target holds, those of lower tiers by what they are worth."""
+    cdef double blocks = overlap.tiers[0]
+    if overlap.tiers[1] | overlap.tiers[2] | overlap.tiers[3]:
+        blocks += weights.host_cache_hit_weight * overlap.tiers[1]
+        blocks += weights.disk_cache_hit_weight * <double>(<int64_t>overlap.tiers[2] + overlap.tiers[3])
+    return blocks
+
+
+cdef inline double held_blocks(
+    const Overlap* overlap, double freshness, const Ask* ask, const Weights* weights
+) noexcept nogil:
+    """Blocks that need not be computed, as this router counts: a block of a lower tier saves part of the work."""
+    cdef double held = freshness * weighted_blocks(overlap, weights)
+    return min(max(held, <double>overlap.in_flight), <double>ask.usable_blocks)
+
+
+cdef inline int64_t new_tokens(const Overlap* overlap, const Ask* ask, const Weights* weights) noexcept nogil:
+    """Tokens of the prompt that must be computed: what is booked as prefill load."""
+    cdef double held
+    if is_own(weights.formula):
+        held = held_blocks(overlap, 1, ask, weights)
+    else:
+        held = weighted_blocks(overlap, weights)
+    return max(0, ask.tokens - <int64_t>(held * <double>ask.block_size + 0.5))
 
 
 cdef inline void cost_terms(
@@ -83,11 +122,24 @@ cdef inline void cost_terms(
     double preference,
     double* terms,
 ) noexcept nogil:
-    """Writes the `TERMS` terms of the cost. `preference`: sum of the request's preferences for the target's taints."""
+    """Writes the `MOST_TERMS` terms of the cost.
+
+    `preference`: sum of the request's preferences for the target's taints. It scales all terms, by e at the most.
+    """
+    cdef double factor
     if weights.formula == PREFILL_FIRST:
         _prefill_first(target, overlap, ask, weights, terms)
+    elif weights.formula == DYNAMO:
+        _dynamo(target, overlap, ask, weights, terms)
+    elif weights.formula == DYNAMO_EXAMPLE:
+        _dynamo_example(target, overlap, ask, weights, terms)
     else:
-        _dynamo(target, overlap, ask, weights, preference, terms)
+        _lmetric(target, overlap, ask, weights, terms)
+    if preference != 0:
+        factor = exp(-tanh(preference))
+        terms[0] *= factor
+        terms[1] *= factor
+        terms[2] *= factor
 
 
 cdef inline void _prefill_first(
@@ -96,12 +148,8 @@ cdef inline void _prefill_first(
     # queued + (1 + k) * new + shortage, in tokens: the private wait before this prompt is computed; what must be
     # computed for it, which delays everyone after it and evicts other prefixes, hence its own weight; and by how
     # much the pinned blocks and this request exceed the cache.
-    cdef double held = <double>overlap_total(overlap) * target.freshness
+    cdef double held = held_blocks(overlap, target.freshness, ask, weights)
     cdef int64_t missing
-    if overlap.in_flight > held:
-        held = overlap.in_flight
-    if held > <double>ask.usable_blocks:
-        held = <double>ask.usable_blocks
     terms[0] = <double>target.queued_prefill_tokens if weights.track_prefill_tokens else 0.0
     terms[1] = (1 + weights.new_work_weight) * (<double>ask.tokens - held * <double>ask.block_size)
     terms[2] = 0.0
@@ -112,16 +160,12 @@ cdef inline void _prefill_first(
 
 
 cdef inline void _dynamo(
-    const Target* target,
-    const Overlap* overlap,
-    const Ask* ask,
-    const Weights* weights,
-    double preference,
-    double* terms,
+    const Target* target, const Overlap* overlap, const Ask* ask, const Weights* weights, double* terms
 ) noexcept nogil:
-    # scale * max(0, raw_prefill - credit) + decode + w * requests, in blocks, times the taint preference. The default
-    # selector of the Dynamo KV router: `raw_prefill` is the queue plus the whole prompt, `credit` what is cached by
-    # tier (decayed on targets whose queue is long), `decode` the blocks pinned with this request.
+    # scale * max(0, raw_prefill - credit) + decode + w * requests, in blocks. The default selector of the Dynamo KV
+    # router: `raw_prefill` is the queue plus the whole prompt, `credit` what is cached by tier (decayed on targets
+    # whose queue is long), `decode` the blocks pinned with this request. Where prompts are not tracked, the credit
+    # comes off decode.
     cdef double size = <double>ask.block_size
     cdef double excess = <double>(target.queued_prefill_tokens - ask.shortest_queue) / size
     cdef double decay = 1 / (1 + weights.overlap_score_credit_decay * excess / (ask.prompt_blocks if ask.prompt_blocks else 1))
@@ -132,7 +176,6 @@ cdef inline void _dynamo(
     )
     cdef double prefill = 0.0
     cdef double decode = 0.0
-    cdef double factor = 1.0
     if weights.track_active_blocks:
         decode = <double>(
             active_blocks(target)
@@ -144,8 +187,36 @@ cdef inline void _dynamo(
         prefill = weights.prefill_load_scale * (prefill if prefill > 0 else 0.0)
     else:
         decode = decode - credit if decode > credit else 0.0
-    if preference != 0:
-        factor = exp(-tanh(preference))
-    terms[0] = prefill * factor
-    terms[1] = decode * factor
-    terms[2] = weights.decode_active_request_weight * target.active_requests * factor
+    terms[0] = prefill
+    terms[1] = decode
+    terms[2] = weights.decode_active_request_weight * target.active_requests
+
+
+cdef inline void _dynamo_example(
+    const Target* target, const Overlap* overlap, const Ask* ask, const Weights* weights, double* terms
+) noexcept nogil:
+    # 2 * (1 - overlap) + usage + waiting: the score 2 * overlap - usage - waiting of Dynamo's example of a router,
+    # turned round. All are shares: of the prompt that is cached, of the cache that is in use, and of the requests that
+    # wait where most of them wait.
+    cdef double cached = target.freshness * weighted_blocks(overlap, weights)
+    terms[0] = 2.0
+    if ask.tokens > 0:
+        terms[0] -= 2 * cached * <double>ask.block_size / <double>ask.tokens
+    terms[1] = 0.0
+    if target.total_blocks != 0:
+        terms[1] = min(1.0, <double>active_blocks(target) / target.total_blocks)
+    terms[2] = <double>target.waiting_requests / ask.most_waiting if ask.most_waiting else 0.0
+
+
+cdef inline void _lmetric(
+    const Target* target, const Overlap* overlap, const Ask* ask, const Weights* weights, double* terms
+) noexcept nogil:
+    # prefill * (1 + requests), in tokens: what must be computed there before this prompt is, times the batch that it
+    # joins. As a sum: the prefill, and once more for each request in flight.
+    cdef double held = held_blocks(overlap, target.freshness, ask, weights)
+    cdef double prefill = <double>ask.tokens - held * <double>ask.block_size
+    if weights.track_prefill_tokens:
+        prefill += <double>target.queued_prefill_tokens
+    terms[0] = prefill
+    terms[1] = prefill * target.active_requests
+    terms[2] = 0.0

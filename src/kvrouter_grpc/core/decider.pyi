@@ -1,51 +1,10 @@
 from array import array
 from collections.abc import Mapping, Sequence
-from typing import Protocol
 
 from typing_extensions import Buffer
 
+from kvrouter_grpc.core.policy import Policy
 from kvrouter_grpc.core.target_table import TargetTable
-
-class Weights(Protocol):
-    """The knobs of both costs; see `routing/cost.py`."""
-
-    @property
-    def new_work_weight(self) -> float: ...
-    @property
-    def overlap_score_credit(self) -> float: ...
-    @property
-    def overlap_score_credit_decay(self) -> float: ...
-    @property
-    def prefill_load_scale(self) -> float: ...
-    @property
-    def decode_active_request_weight(self) -> float: ...
-    @property
-    def host_cache_hit_weight(self) -> float: ...
-    @property
-    def disk_cache_hit_weight(self) -> float: ...
-    @property
-    def track_active_blocks(self) -> bool: ...
-    @property
-    def track_prefill_tokens(self) -> bool: ...
-    @property
-    def assume_kv_reuse(self) -> bool: ...
-
-class Policy:
-    """How to choose.
-
-    Args:
-        weights: Of the cost.
-        cost: `default` or `dynamo`.
-        mode: `kv` takes the lowest cost, `round-robin` the next row in turn, `random` any row.
-        temperature: Of mode kv. 0 takes the lowest cost; above, costs are drawn from by a softmax.
-
-    Raises:
-        ValueError: No such cost or mode.
-    """
-
-    def __init__(
-        self, weights: Weights, *, cost: str = "default", mode: str = "kv", temperature: float = 0.0
-    ) -> None: ...
 
 class Choice:
     """One row as the decision saw it."""
@@ -59,18 +18,20 @@ class Choice:
     """Leading blocks that requests in flight on the target pin."""
     cached_tokens: int
     """Tokens of the prompt that the engine should find cached: whole blocks, never the last token."""
+    new_tokens: int
+    """Tokens of the prompt that must be computed, as the cost counts them: what is booked as prefill load."""
     freshness: float
     cost: float
     """The sum of its terms; infinity for what is no number."""
-    terms: tuple[float, float, float] | None
-    """Of the cost, in the order of `routing.cost.COSTS`; None unless explained."""
+    terms: tuple[float, ...] | None
+    """Of the cost, in the order of `Policy.terms`; None unless explained."""
     candidates: list[Choice] | None
     """Every row that was asked, in the order given; None unless explained."""
 
 class Decider:
     """Answers where a prompt should go: hashes, matches, scores and picks in one compiled pass.
 
-    Ties of the lowest cost go to the fewest requests in flight (cost `default` only), then to chance.
+    Ties go to the fewest requests in flight where the mode or the cost says so (`core/policy.pyx`), then to chance.
 
     Args:
         table: The targets.
@@ -78,6 +39,8 @@ class Decider:
     """
 
     table: TargetTable
+    usual_new_tokens: float
+    """Moving average of what the chosen targets had to compute."""
 
     def __init__(self, table: TargetTable, seed: int | None = None) -> None: ...
     def decide(
@@ -91,8 +54,9 @@ class Decider:
         output_tokens: int,
         turn: int,
         explain: bool,
+        session: int | None = None,
     ) -> Choice:
-        """Choose the row that should have a prompt. Changes nothing but the state of the random generator.
+        """Choose the row that should have a prompt. Changes nothing but the random generator and the average.
 
         Args:
             tokens: The prompt's token ids, u32.
@@ -104,6 +68,7 @@ class Decider:
             output_tokens: Tokens that the answer is expected to have.
             turn: Of mode round-robin; `turn % len(rows)` is taken.
             explain: Fill `terms` and `candidates`.
+            session: Hash of the session that the request belongs to, a u64; None without one.
 
         Raises:
             ValueError: A buffer of another type, no rows, or a prompt of more than 2**20 blocks.

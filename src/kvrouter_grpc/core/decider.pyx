@@ -2,7 +2,7 @@
 
     hash     the prompt's blocks into sequence hashes
     match    one walk of the index and one of the pinned blocks give every target's overlap
-    cost     of every eligible row, see cost.pxd
+    score    of every eligible row, by the mode: see mode.pxd and cost.pxd
     pick     see pick.pxd
 
 The buffers between these steps belong to the decider and only ever grow, so a decision allocates nothing but its answer.
@@ -14,68 +14,24 @@ from array import array
 cimport cython
 from cpython cimport array as c_array
 from cpython.buffer cimport PyBUF_SIMPLE, PyBuffer_Release, PyObject_GetBuffer
-from libc.math cimport INFINITY, isnan
-from libc.stdint cimport INT64_MAX, int64_t, uint32_t, uint64_t
+from libc.stdint cimport int64_t, uint32_t, uint64_t
 from libc.stdlib cimport free, realloc
 from libc.string cimport memcpy
 
 from kvrouter_grpc.core.block_hash cimport as_u64, chain_hashes, local_hashes, rehash_multimodal, sequence_run
-from kvrouter_grpc.core.cost cimport (
-    DYNAMO,
-    PREFILL_FIRST,
-    TERMS,
-    Ask,
-    Overlap,
-    Weights,
-    ask_init,
-    cached_tokens,
-    cost_terms,
-)
-from kvrouter_grpc.core.pick cimport Dice, dice_below, pick_lowest, pick_softmax
-from kvrouter_grpc.core.target cimport TIERS, Target
+from kvrouter_grpc.core.cost cimport MOST_TERMS, Ask, Overlap, ask_init, cached_tokens, new_tokens
+from kvrouter_grpc.core.mode cimport Caller, mode_scores
+from kvrouter_grpc.core.pick cimport Dice, pick_lowest, pick_softmax
+from kvrouter_grpc.core.policy cimport Policy
+from kvrouter_grpc.core.question cimport Question, question_compare, question_cost, question_target
 from kvrouter_grpc.core.target_table cimport TargetTable
-from kvrouter_grpc.core.walk cimport Step, path_extend, tree_match, tree_path
+from kvrouter_grpc.core.walk cimport Step, tree_match, tree_path
 
 cdef c_array.array U64 = array("Q")
 
 cdef enum:
     MOST_BLOCKS = 1 << 20  # of a prompt
-
-
-cdef enum Mode:
-    LOWEST_COST
-    IN_TURN
-    BY_CHANCE
-
-
-cdef dict MODES = {"kv": LOWEST_COST, "round-robin": IN_TURN, "random": BY_CHANCE}
-cdef dict FORMULAS = {"default": PREFILL_FIRST, "dynamo": DYNAMO}
-
-
-@cython.final
-cdef class Policy:
-    """How to choose; the full description is in `decider.pyi`."""
-
-    cdef Weights weights
-    cdef Mode mode
-    cdef double temperature
-
-    def __init__(self, weights, *, cost="default", mode="kv", double temperature=0.0):
-        if cost not in FORMULAS or mode not in MODES:
-            raise ValueError(f"cost must be one of {', '.join(FORMULAS)} and mode one of {', '.join(MODES)}")
-        self.weights.formula = FORMULAS[cost]
-        self.weights.new_work_weight = weights.new_work_weight
-        self.weights.overlap_score_credit = weights.overlap_score_credit
-        self.weights.overlap_score_credit_decay = weights.overlap_score_credit_decay
-        self.weights.prefill_load_scale = weights.prefill_load_scale
-        self.weights.decode_active_request_weight = weights.decode_active_request_weight
-        self.weights.host_cache_hit_weight = weights.host_cache_hit_weight
-        self.weights.disk_cache_hit_weight = weights.disk_cache_hit_weight
-        self.weights.track_active_blocks = weights.track_active_blocks
-        self.weights.track_prefill_tokens = weights.track_prefill_tokens
-        self.weights.assume_kv_reuse = weights.assume_kv_reuse
-        self.mode = MODES[mode]
-        self.temperature = temperature
+    USUAL = 64  # decisions after which a former habit has faded
 
 
 @cython.final
@@ -88,58 +44,11 @@ cdef class Choice:
     cdef readonly tuple tiers
     cdef readonly uint32_t in_flight
     cdef readonly int64_t cached_tokens
+    cdef readonly int64_t new_tokens
     cdef readonly double freshness
     cdef readonly double cost
     cdef readonly tuple terms
     cdef readonly list candidates
-
-
-# Everything that the cost of a row is worked out from.
-cdef struct Question:
-    const Weights* weights
-    Ask ask
-    const uint32_t* rows  # that are asked
-    const double* preferences  # parallel to `rows`, or NULL
-    uint32_t count
-    uint32_t slots  # entries of `held`
-    const Target* targets  # by row
-    const uint32_t* in_flight  # blocks of the prompt, by row
-    const uint32_t* held  # blocks of the prompt, by slot of the index
-    const Step* steps  # the prompt's path, while somebody has lower tiers
-    size_t path
-
-
-cdef inline void _overlap(const Question* question, uint32_t row, Overlap* overlap) noexcept nogil:
-    cdef const Target* target = &question.targets[row]
-    cdef size_t depth
-    cdef uint32_t tier
-    overlap.in_flight = question.in_flight[row]
-    overlap.tiers[0] = question.held[target.slots[0]] if target.slots[0] < question.slots else 0
-    overlap.tiers[1] = overlap.tiers[2] = overlap.tiers[3] = 0
-    if target.lower_tiers != 0:
-        depth = overlap.tiers[0]
-        for tier in range(1, <uint32_t>TIERS):
-            if target.slots[tier] < question.slots:
-                overlap.tiers[tier] = <uint32_t>path_extend(question.steps, question.path, target.slots[tier], depth)
-                depth += overlap.tiers[tier]
-
-
-cdef inline double _cost(const Question* question, uint32_t i, Overlap* overlap, double* terms) noexcept nogil:
-    cdef double preference = question.preferences[i] if question.preferences != NULL else 0
-    cdef double cost
-    _overlap(question, question.rows[i], overlap)
-    cost_terms(&question.targets[question.rows[i]], overlap, &question.ask, question.weights, preference, terms)
-    cost = terms[0] + terms[1] + terms[2]
-    # What is no number is worse than any number, and compares with others.
-    return INFINITY if isnan(cost) else cost
-
-
-cdef inline int64_t _shortest_queue(const Question* question) noexcept nogil:
-    cdef int64_t shortest = INT64_MAX
-    cdef uint32_t i
-    for i in range(question.count):
-        shortest = min(shortest, question.targets[question.rows[i]].queued_prefill_tokens)
-    return shortest
 
 
 @cython.final
@@ -147,6 +56,7 @@ cdef class Decider:
     """Answers where a prompt should go; the full description is in `decider.pyi`."""
 
     cdef readonly TargetTable table
+    cdef readonly double usual_new_tokens
     cdef Dice dice
     cdef uint64_t* seqs
     cdef size_t seqs_capacity
@@ -157,10 +67,8 @@ cdef class Decider:
     cdef size_t in_flight_capacity
     cdef Step* steps
     cdef size_t steps_capacity
-    cdef double* costs  # of the rows that are asked
-    cdef size_t costs_capacity
-    cdef uint32_t* requests  # active on them
-    cdef size_t requests_capacity
+    cdef double* scores  # of the rows that are asked
+    cdef size_t scores_capacity
 
     def __cinit__(self, TargetTable table not None, seed=None):
         self.table = table
@@ -171,8 +79,7 @@ cdef class Decider:
         free(self.held)
         free(self.in_flight)
         free(self.steps)
-        free(self.costs)
-        free(self.requests)
+        free(self.scores)
 
     def decide(
         self,
@@ -185,9 +92,11 @@ cdef class Decider:
         output_tokens,
         uint64_t turn,
         bint explain,
+        session=None,
     ):
         """The row that should have the prompt."""
         cdef Question question
+        cdef Caller caller
         cdef uint32_t chosen
         cdef Choice choice
         cdef uint32_t i
@@ -195,6 +104,9 @@ cdef class Decider:
         question.count = <uint32_t>len(rows)
         question.rows = rows.data.as_uints
         question.preferences = NULL
+        caller.turn = turn
+        caller.has_session = session is not None
+        caller.session = as_u64("session", session) if session is not None else 0
         if rows.typecode != "I" or question.count == 0:
             raise ValueError("rows must be an array('I') of at least one row")
         if preferences is not None:
@@ -202,21 +114,16 @@ cdef class Decider:
                 raise ValueError("preferences must be an array('d') as long as rows")
             question.preferences = preferences.data.as_doubles
         for i in range(question.count):
-            if question.rows[i] >= self.table.capacity or self.table.rows[question.rows[i]].birth == 0:
+            if question.rows[i] >= self.table.capacity or not self.table.rows[question.rows[i]].in_use:
                 raise KeyError(f"row {question.rows[i]} is not in use")
         self._read(tokens, seed, mm_hashes, output_tokens, &question.ask)
         self._match(&question)
-        if policy.weights.overlap_score_credit_decay != 0:
-            question.ask.shortest_queue = _shortest_queue(&question)
-        if policy.mode == IN_TURN:
-            chosen = <uint32_t>(turn % question.count)
-        elif policy.mode == BY_CHANCE:
-            chosen = dice_below(&self.dice, question.count)
-        else:
-            chosen = self._pick(&question, policy.temperature)
-        choice = self._choice(&question, chosen, explain)
+        question_compare(&question)
+        chosen = self._pick(&question, &caller, policy)
+        choice = self._choice(&question, chosen, policy, explain)
         if explain:
-            choice.candidates = [self._choice(&question, i, True) for i in range(question.count)]
+            choice.candidates = [self._choice(&question, i, policy, True) for i in range(question.count)]
+        self.usual_new_tokens += (<double>choice.new_tokens - self.usual_new_tokens) / USUAL
         return choice
 
     def sequence(self):
@@ -280,33 +187,28 @@ cdef class Decider:
 
     # --- the choice --------------------------------------------------------------------------------------------------
 
-    cdef uint32_t _pick(self, const Question* question, double temperature) except? 0xFFFFFFFF:
-        cdef Overlap overlap
-        cdef double terms[TERMS]
-        cdef bint fewest = question.weights.formula == PREFILL_FIRST
-        cdef uint32_t i
-        _room(<void**>&self.costs, &self.costs_capacity, question.count, sizeof(double))
-        _room(<void**>&self.requests, &self.requests_capacity, question.count, sizeof(uint32_t))
-        for i in range(question.count):
-            self.costs[i] = _cost(question, i, &overlap, terms)
-            self.requests[i] = self.table.rows[question.rows[i]].active_requests
-        if temperature > 0:
-            return pick_softmax(self.costs, question.count, temperature, &self.dice)
-        return pick_lowest(self.costs, self.requests if fewest else NULL, question.count, &self.dice)
+    cdef uint32_t _pick(self, const Question* question, const Caller* caller, Policy policy) except? 0xFFFFFFFF:
+        cdef const uint32_t* rows = question.rows if policy.fewest_requests else NULL
+        _room(<void**>&self.scores, &self.scores_capacity, question.count, sizeof(double))
+        mode_scores(question, policy.mode, &policy.knobs, caller, self.table.ledgers, &self.dice, self.scores)
+        if policy.temperature > 0:
+            return pick_softmax(self.scores, question.count, policy.temperature, &self.dice)
+        return pick_lowest(self.scores, question.count, rows, question.targets, &self.dice)
 
-    cdef Choice _choice(self, const Question* question, uint32_t i, bint with_terms):
+    cdef Choice _choice(self, const Question* question, uint32_t i, Policy policy, bint with_terms):
         cdef Choice choice = Choice.__new__(Choice)
         cdef Overlap overlap
-        cdef double terms[TERMS]
-        choice.cost = _cost(question, i, &overlap, terms)
+        cdef double terms[MOST_TERMS]
+        choice.cost = question_cost(question, i, &overlap, terms)
         choice.row = question.rows[i]
         choice.blocks = <uint32_t>self.blocks
         choice.tiers = (overlap.tiers[0], overlap.tiers[1], overlap.tiers[2], overlap.tiers[3])
         choice.in_flight = overlap.in_flight
-        choice.cached_tokens = cached_tokens(&overlap, question.weights.formula == PREFILL_FIRST, &question.ask)
-        choice.freshness = self.table.rows[choice.row].freshness
+        choice.cached_tokens = cached_tokens(&overlap, &question.ask, question.weights)
+        choice.new_tokens = new_tokens(&overlap, &question.ask, question.weights)
+        choice.freshness = question_target(question, i).freshness
         if with_terms:
-            choice.terms = (terms[0], terms[1], terms[2])
+            choice.terms = tuple([terms[j] for j in range(len(policy.terms))])
         return choice
 
 

@@ -64,3 +64,23 @@ cdef inline int slot_remove_path(Tree* tree, uint32_t slot_id, const uint64_t* n
         tree_settle(tree, edge, slot_id)
     table_shrink(&tree.meter, &slot.names)
     return failed
+
+
+cdef inline size_t path_unshared(const Slot* slot, const uint64_t* names, size_t count) noexcept nogil:
+    """How many blocks at the end of a path nobody else refers to.
+
+    Of paths that all begin at the root, a block has at least as many references as those behind it: the first one
+    with a single reference is found by halves.
+    """
+    cdef size_t low = 0
+    cdef size_t high = count
+    cdef size_t middle
+    cdef const Entry* entry
+    while low < high:
+        middle = low + (high - low) // 2
+        entry = table_find(&slot.names, names[middle])
+        if entry != NULL and entry.value & MOST_REFERENCES > 1:
+            low = middle + 1
+        else:
+            high = middle
+    return count - low

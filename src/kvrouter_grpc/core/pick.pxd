@@ -5,20 +5,25 @@ of state, any seed is good, and a run with the same seed repeats its choices.
 """
 
 from libc.math cimport INFINITY, exp
-from libc.stdint cimport uint32_t, uint64_t
+from libc.stdint cimport UINT32_MAX, uint32_t, uint64_t
+
+from kvrouter_grpc.core.target cimport Target
 
 
 cdef struct Dice:
     uint64_t state
 
 
+cdef inline uint64_t scramble(uint64_t word) noexcept nogil:
+    """The finalizer of SplitMix64: a permutation of words in which every bit depends on all."""
+    word = (word ^ (word >> 30)) * <uint64_t>0xBF58476D1CE4E5B9
+    word = (word ^ (word >> 27)) * <uint64_t>0x94D049BB133111EB
+    return word ^ (word >> 31)
+
+
 cdef inline uint64_t dice_next(Dice* dice) noexcept nogil:
-    cdef uint64_t mixed
     dice.state += <uint64_t>0x9E3779B97F4A7C15
-    mixed = dice.state
-    mixed = (mixed ^ (mixed >> 30)) * <uint64_t>0xBF58476D1CE4E5B9
-    mixed = (mixed ^ (mixed >> 27)) * <uint64_t>0x94D049BB133111EB
-    return mixed ^ (mixed >> 31)
+    return scramble(dice.state)
 
 
 cdef inline uint32_t dice_below(Dice* dice, uint32_t end) noexcept nogil:
@@ -32,25 +37,47 @@ cdef inline double dice_unit(Dice* dice) noexcept nogil:
 
 
 cdef inline uint32_t pick_lowest(
-    const double* costs, const uint32_t* requests, uint32_t count, Dice* dice
+    const double* scores, uint32_t count, const uint32_t* rows, const Target* targets, Dice* dice
 ) noexcept nogil:
-    """Index of the lowest cost; ties go to the fewest `requests` (NULL: not asked), then uniformly at random."""
+    """Index of the lowest score. Ties go to the targets with the fewest requests (`rows` NULL: not asked), then evenly.
+
+    Args:
+        scores: What is compared.
+        count: How many, at least one.
+        rows: Of the targets, parallel to `scores`.
+        targets: By row; looked at only in a tie.
+        dice: Of the last choice.
+    """
+    cdef double lowest = scores[0]
+    cdef uint32_t fewest = UINT32_MAX
     cdef uint32_t best = 0
     cdef uint32_t tied = 1
+    cdef uint32_t requests
     cdef uint32_t i
     for i in range(1, count):
-        if costs[i] > costs[best]:
-            continue
-        if costs[i] < costs[best] or (requests != NULL and requests[i] < requests[best]):
+        if scores[i] < lowest:
+            lowest = scores[i]
             best = i
             tied = 1
-        elif requests == NULL or requests[i] == requests[best]:
+        elif scores[i] == lowest:
             tied += 1
     if tied == 1:
         return best
+    if rows != NULL:
+        for i in range(best, count):
+            if scores[i] == lowest:
+                requests = targets[rows[i]].active_requests
+                if requests < fewest:
+                    fewest = requests
+                    best = i
+                    tied = 1
+                elif requests == fewest:
+                    tied += 1
+        if tied == 1:
+            return best
     tied = dice_below(dice, tied)
     for i in range(best, count):
-        if costs[i] == costs[best] and (requests == NULL or requests[i] == requests[best]):
+        if scores[i] == lowest and (rows == NULL or targets[rows[i]].active_requests == fewest):
             if tied == 0:
                 return i
             tied -= 1

@@ -3,11 +3,12 @@
 from libc.stdint cimport uint32_t, uint64_t
 
 from kvrouter_grpc.core.radix_tree cimport RadixTree
-from kvrouter_grpc.core.target cimport Target
+from kvrouter_grpc.core.target cimport Ledger, Target
 
 
 cdef class TargetTable:
     cdef Target* rows
+    cdef Ledger* ledgers  # parallel to `rows`
     cdef uint32_t capacity  # of rows; those in use are the slots in use of `pins`
     cdef uint64_t births
     cdef uint64_t bookings  # in force
@@ -16,5 +17,6 @@ cdef class TargetTable:
     cdef readonly uint64_t version
     cdef readonly RadixTree index
     cdef RadixTree pins
+    cdef int _grow(self, uint32_t row) except -1
     cdef Target* _row(self, row) except NULL
     cdef Target* _booked(self, uint64_t ticket, uint32_t* row) noexcept

@@ -51,11 +51,42 @@ class TargetTable:
     def set_freshness(self, row: int, freshness: float) -> None:
         """How far the index is to be trusted about the target, 0..1."""
 
-    def set_total_blocks(self, row: int, blocks: int) -> None:
-        """Blocks that the target's device cache has room for; 0 when not known."""
+    def describe(self, row: int, *, total_blocks: int = 0, identity: int = 0, on_cpu: bool = False) -> None:
+        """Says what a target is.
+
+        Args:
+            row: The target.
+            total_blocks: Blocks that its device cache has room for; 0 when not known.
+            identity: u64 by which sessions find it, the same in every router.
+            on_cpu: Whether it is of the slower kind that mode device-aware-weighted gives less.
+        """
 
     def load(self, row: int) -> tuple[int, int, int]:
-        """(requests in flight, prompt tokens that wait for a first token, distinct blocks pinned)."""
+        """(requests in flight, prompt tokens that wait for a first token, distinct blocks pinned), foreign ones too."""
+
+    def waiting(self, row: int) -> int:
+        """Requests without a first token, foreign ones too."""
+
+    def total_blocks(self, row: int) -> int:
+        """Blocks that the target's device cache has room for; 0 when not known."""
+
+    def foreign(self, row: int) -> tuple[int, int, int, int]:
+        """What was given to `set_foreign` last."""
+
+    def set_foreign(self, row: int, requests: int, waiting: int, prefill_tokens: int, blocks: int) -> None:
+        """Replaces the load that is assumed to come from elsewhere. It counts in decisions like what was booked.
+
+        Args:
+            row: The target.
+            requests: In flight.
+            waiting: Of those, without a first token.
+            prefill_tokens: That those must compute.
+            blocks: Pinned.
+
+        Raises:
+            ValueError: More wait than there are, or there are more than 2**24.
+            OverflowError: A number is not in 0..2**32-1.
+        """
 
     def pinned(self, row: int, seqs: Buffer) -> int:
         """Leading blocks of a prompt (its sequence hashes, u64) that requests in flight on the target pin."""
@@ -77,10 +108,31 @@ class TargetTable:
         """
 
     def first_token(self, ticket: int, prefill_tokens: int) -> None:
-        """Takes back the tokens that waited; at most once per ticket, with the number that was booked."""
+        """Takes back the tokens that waited; exactly once per ticket, with the number that was booked."""
 
-    def release(self, ticket: int, seqs: Buffer, share: bool) -> None:
-        """Takes back the request and its blocks; once per ticket, with the arguments that were booked."""
+    def generated(self, ticket: int, seqs: Buffer, share: bool, blocks: int, weight: float, parts: int) -> int:
+        """Counts the output of a request as blocks, and lets what only this request pins fade as it nears its end.
+
+        Output blocks, and the blocks at the end of the prompt that no other request shares, count `weight` each.
+        What is shared is looked at here, and stands until the next call.
+
+        Args:
+            ticket: The booking.
+            seqs: As booked.
+            share: As booked.
+            blocks: Of output so far.
+            weight: What a block counts, 0..1.
+            parts: What the call before returned, at first 0.
+
+        Returns:
+            The change of the load, in parts of a block, for the next call or `release`.
+
+        Raises:
+            ValueError: The weight is not in 0..1, or there are more than 2**20 blocks.
+        """
+
+    def release(self, ticket: int, seqs: Buffer, share: bool, parts: int = 0) -> None:
+        """Takes back the request and its blocks; once per ticket, with what was booked and last returned."""
 
     def stats(self) -> dict[str, int]:
         """`rows` in use, `bookings` in force, `pinned_blocks` (shared ones, over all rows) and `bytes`."""

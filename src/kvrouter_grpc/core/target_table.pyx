@@ -10,16 +10,19 @@ from libc.stdint cimport UINT32_MAX, int64_t, uint32_t, uint64_t
 from libc.stdlib cimport free, realloc
 from libc.string cimport memset
 
-from kvrouter_grpc.core.path cimport slot_remove_path
+from kvrouter_grpc.core.block_hash cimport as_u64
+from kvrouter_grpc.core.path cimport path_unshared, slot_remove_path
 from kvrouter_grpc.core.radix_tree cimport RadixTree
 from kvrouter_grpc.core.slot cimport slot_store
-from kvrouter_grpc.core.target cimport NO_SLOT, TIERS, Target, active_blocks
+from kvrouter_grpc.core.target cimport NO_SLOT, PART_BITS, TIERS, Ledger, Target, active_blocks
 from kvrouter_grpc.core.walk cimport tree_extend
 
 cdef enum:
     ROW_BITS = 20  # of a ticket; the rest tells which of the row's targets, one after the other, was booked
     MOST_ROWS = 1 << 20
     MOST_BLOCKS = 1 << 20  # of one booking
+    MOST_FOREIGN = 1 << 24  # requests
+    BLOCK = 1 << PART_BITS  # parts
 
 
 @cython.final
@@ -32,6 +35,7 @@ cdef class TargetTable:
 
     def __dealloc__(self):
         free(self.rows)
+        free(self.ledgers)
 
     # --- rows ----------------------------------------------------------------------------------------------------
 
@@ -39,30 +43,44 @@ cdef class TargetTable:
         """The row of a target, made when it is new."""
         cdef uint32_t row
         cdef uint32_t tier
-        cdef uint32_t capacity
-        cdef Target* rows
         if target in self.found:
             return self.found[target]
         if len(self.found) == MOST_ROWS:
             raise ValueError(f"more than {MOST_ROWS} targets")
         row = self.pins.add_slot()
-        if row >= self.capacity:
-            capacity = self.capacity * 2 + 8
-            rows = <Target*>realloc(self.rows, capacity * sizeof(Target))
-            if rows == NULL:
-                self.pins.remove_slot(row)
-                raise MemoryError
-            memset(rows + self.capacity, 0, (capacity - self.capacity) * sizeof(Target))
-            self.rows = rows
-            self.capacity = capacity
+        try:
+            self._grow(row)
+        except MemoryError:
+            self.pins.remove_slot(row)
+            raise
         self.births += 1
         memset(&self.rows[row], 0, sizeof(Target))
+        memset(&self.ledgers[row], 0, sizeof(Ledger))
         for tier in range(<uint32_t>TIERS):
             self.rows[row].slots[tier] = NO_SLOT
-        self.rows[row].birth = self.births
+        self.rows[row].in_use = True
+        self.ledgers[row].birth = self.births
         self.found[target] = row
         self.version += 1
         return row
+
+    cdef int _grow(self, uint32_t row) except -1:
+        # Makes room for a row. Fails with one of the two blocks grown at worst: then `capacity` is still right for both.
+        cdef uint32_t capacity = self.capacity * 2 + 8
+        cdef void* grown
+        if row < self.capacity:
+            return 0
+        grown = realloc(self.rows, capacity * sizeof(Target))
+        if grown == NULL:
+            raise MemoryError
+        self.rows = <Target*>grown
+        grown = realloc(self.ledgers, capacity * sizeof(Ledger))
+        if grown == NULL:
+            raise MemoryError
+        self.ledgers = <Ledger*>grown
+        memset(self.rows + self.capacity, 0, (capacity - self.capacity) * sizeof(Target))
+        self.capacity = capacity
+        return 0
 
     def remove(self, target):
         """Forgets a target; its tickets are void."""
@@ -70,14 +88,17 @@ cdef class TargetTable:
         if target not in self.found:
             return
         row = self.found.pop(target)
-        self.bookings -= self.rows[row].active_requests
+        self.bookings -= self.rows[row].active_requests - self.ledgers[row].foreign_requests
         self.with_lower_tiers -= self.rows[row].lower_tiers != 0
-        self.rows[row].birth = 0
+        self.rows[row].in_use = False
+        self.ledgers[row].birth = 0
         self.pins.remove_slot(row)
         self.version += 1
         if not self.found:
             free(self.rows)
+            free(self.ledgers)
             self.rows = NULL
+            self.ledgers = NULL
             self.capacity = 0
 
     def row(self, target):
@@ -88,7 +109,7 @@ cdef class TargetTable:
         return len(self.found)
 
     cdef Target* _row(self, row) except NULL:
-        if not isinstance(row, int) or not 0 <= row < self.capacity or self.rows[<uint32_t>row].birth == 0:
+        if not isinstance(row, int) or not 0 <= row < self.capacity or not self.rows[<uint32_t>row].in_use:
             raise KeyError(f"row {row!r} is not in use")
         return &self.rows[<uint32_t>row]
 
@@ -120,16 +141,54 @@ cdef class TargetTable:
             raise ValueError(f"freshness must be in 0..1, not {freshness}")
         self._row(row).freshness = freshness
 
-    def set_total_blocks(self, row, blocks):
-        """The capacity of the target's cache; 0: not known."""
-        self._row(row).total_blocks = min(max(blocks, 0), UINT32_MAX)
+    def describe(self, row, *, total_blocks=0, identity=0, on_cpu=False):
+        """What a target is, as far as decisions ask."""
+        cdef Target* target = self._row(row)
+        self.ledgers[<uint32_t>row].identity = as_u64("identity", identity)
+        target.total_blocks = min(max(total_blocks, 0), UINT32_MAX)
+        target.on_cpu = bool(on_cpu)
 
     # --- what it is busy with --------------------------------------------------------------------------------------
 
     def load(self, row):
-        """(active requests, queued prefill tokens, active blocks)."""
+        """(active requests, queued prefill tokens, active blocks), whoever sent them."""
         cdef Target* target = self._row(row)
         return target.active_requests, target.queued_prefill_tokens, active_blocks(target)
+
+    def waiting(self, row):
+        """Requests without a first token, whoever sent them."""
+        return self._row(row).waiting_requests
+
+    def total_blocks(self, row):
+        """The capacity of the target's cache; 0: not known."""
+        return self._row(row).total_blocks
+
+    def foreign(self, row):
+        """(requests, of those waiting, prefill tokens, blocks) that did not come through this router."""
+        self._row(row)
+        cdef Ledger* ledger = &self.ledgers[<uint32_t>row]
+        return (
+            ledger.foreign_requests,
+            ledger.foreign_waiting,
+            ledger.foreign_prefill_tokens,
+            ledger.foreign_parts >> PART_BITS,
+        )
+
+    def set_foreign(self, row, uint32_t requests, uint32_t waiting, uint32_t prefill_tokens, uint32_t blocks):
+        """Replaces what is assumed to be there beside what was booked."""
+        cdef Target* target = self._row(row)
+        cdef Ledger* ledger = &self.ledgers[<uint32_t>row]
+        cdef int64_t parts = <int64_t>blocks << PART_BITS
+        if requests > MOST_FOREIGN or waiting > requests:
+            raise ValueError(f"{requests} foreign requests, {waiting} of them waiting")
+        target.active_requests += requests - ledger.foreign_requests
+        target.waiting_requests += waiting - ledger.foreign_waiting
+        target.queued_prefill_tokens += <int64_t>prefill_tokens - ledger.foreign_prefill_tokens
+        target.private_parts += parts - ledger.foreign_parts
+        ledger.foreign_requests = requests
+        ledger.foreign_waiting = waiting
+        ledger.foreign_prefill_tokens = prefill_tokens
+        ledger.foreign_parts = parts
 
     def pinned(self, row, const uint64_t[::1] seqs not None):
         """Leading blocks of a prompt that requests in flight pin."""
@@ -146,21 +205,22 @@ cdef class TargetTable:
         if tokens < 0 or count > MOST_BLOCKS:
             raise ValueError(f"a request of {tokens} tokens to prefill and {count} blocks")
         if not share:
-            target.private_blocks += count
+            target.private_parts += <int64_t>count << PART_BITS
         elif count:
             # Without memory some of the front stays pinned: too much load until the target goes, never too little.
             if slot_store(&self.pins.tree, index, NULL, 0, 0, &seqs[0], &seqs[0], count):
                 raise MemoryError
             target.pinned_blocks = self.pins.tree.slots[index].names.count
         target.active_requests += 1
+        target.waiting_requests += 1
         target.queued_prefill_tokens += tokens
         self.bookings += 1
-        return target.birth << ROW_BITS | index
+        return self.ledgers[index].birth << ROW_BITS | index
 
     cdef Target* _booked(self, uint64_t ticket, uint32_t* row) noexcept:
         # The target that a ticket was given for, or NULL when that is gone.
         row[0] = <uint32_t>(ticket & (MOST_ROWS - 1))
-        if row[0] >= self.capacity or ticket >> ROW_BITS == 0 or self.rows[row[0]].birth != ticket >> ROW_BITS:
+        if row[0] >= self.capacity or not self.rows[row[0]].in_use or self.ledgers[row[0]].birth != ticket >> ROW_BITS:
             return NULL
         return &self.rows[row[0]]
 
@@ -169,9 +229,30 @@ cdef class TargetTable:
         cdef uint32_t row = 0
         cdef Target* target = self._booked(ticket, &row)
         if target != NULL:
+            target.waiting_requests -= 1
             target.queued_prefill_tokens -= prefill_tokens
 
-    def release(self, uint64_t ticket, const uint64_t[::1] seqs not None, share):
+    def generated(
+        self, uint64_t ticket, const uint64_t[::1] seqs not None, share, uint32_t blocks, double weight, int64_t parts
+    ):
+        """Counts a request's output, and lets what is its own fade; the parts to take back at the end."""
+        cdef uint32_t row = 0
+        cdef Target* target = self._booked(ticket, &row)
+        cdef size_t own = <size_t>seqs.shape[0]
+        cdef int64_t each
+        cdef int64_t now
+        if not 0 <= weight <= 1 or blocks > MOST_BLOCKS:
+            raise ValueError(f"an output of {blocks} blocks at a weight of {weight}")
+        if target == NULL:
+            return parts
+        if share and own:
+            own = path_unshared(&self.pins.tree.slots[row], &seqs[0], own)
+        each = <int64_t>(weight * BLOCK)
+        now = blocks * each - <int64_t>own * (BLOCK - each)
+        target.private_parts += now - parts
+        return now
+
+    def release(self, uint64_t ticket, const uint64_t[::1] seqs not None, share, int64_t parts=0):
         """Takes back the rest of a booking."""
         cdef uint32_t row = 0
         cdef Target* target = self._booked(ticket, &row)
@@ -180,8 +261,9 @@ cdef class TargetTable:
             return
         target.active_requests -= 1
         self.bookings -= 1
+        target.private_parts -= parts
         if not share:
-            target.private_blocks -= count
+            target.private_parts -= <int64_t>count << PART_BITS
         elif count:
             slot_remove_path(&self.pins.tree, row, &seqs[0], count)
             target.pinned_blocks = self.pins.tree.slots[row].names.count
@@ -196,5 +278,5 @@ cdef class TargetTable:
             "rows": len(self.found),
             "bookings": self.bookings,
             "pinned_blocks": pinned,
-            "bytes": self.capacity * sizeof(Target) + self.pins.tree.meter.used,
+            "bytes": self.capacity * (sizeof(Target) + sizeof(Ledger)) + self.pins.tree.meter.used,
         }

@@ -66,6 +66,13 @@ def check_pin(registry: WorkerRegistry, hints: RoutingHints) -> None:
         )
 
 
+def not_pinned() -> InvalidRequestError:
+    """The error of a request without a pin where every request needs one."""
+    return InvalidRequestError(
+        [("routing.worker_id", "is not given; with --router-mode direct every request names its worker")]
+    )
+
+
 def check_model(workers: Sequence[Worker], model: str) -> None:
     """Make sure that some worker, ready or not, serves the model.
 

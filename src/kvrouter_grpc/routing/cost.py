@@ -1,26 +1,24 @@
-"""The knobs and terms of the two costs of sending a request to a target. The compiled core works them out.
+"""The knobs of the costs of sending a request to a target. The compiled core (`core/cost.pxd`) works them out.
 
-default   queued_prefill + new_prefill + memory_shortage, in tokens: the prompt tokens that wait there; (1 + new-work
-          weight) times what must be computed for this prompt; by how much pinned blocks and this request exceed the
-          cache.
-dynamo    prefill + decode + active_requests, in blocks: the formula of the Dynamo KV router's default selector.
+default         queued_prefill + new_prefill + memory_shortage, in tokens: the prompt tokens that wait there;
+                (1 + new-work weight) times what must be computed for this prompt; by how much pinned blocks and this
+                request exceed the cache.
+dynamo          prefill + decode + active_requests, in blocks: the default selector of the Dynamo KV router.
+dynamo-example  uncached + kv_usage + waiting, in shares of 1: the example of a router that comes with Dynamo.
+lmetric         prefill + batch, in tokens: what must be computed there, times one plus the requests in flight.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
+from kvrouter_grpc.core import COSTS
 from kvrouter_grpc.types import Overlap
 
-COSTS: Mapping[str, tuple[str, ...]] = {
-    "default": ("queued_prefill", "new_prefill", "memory_shortage"),
-    "dynamo": ("prefill", "decode", "active_requests"),
-}
-"""The terms of each cost, by the name that `--router-cost` and `router_config_override.cost` use."""
+__all__ = ["COSTS", "Weights", "credit_blocks"]
 
 
 @dataclass(frozen=True, slots=True)
 class Weights:
-    """The knobs of both costs; names and defaults as the `--router-*` flags."""
+    """The knobs of all costs; names and defaults as the `--router-*` flags."""
 
     new_work_weight: float = 2.0
     overlap_score_credit: float = 1.0

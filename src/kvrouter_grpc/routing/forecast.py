@@ -17,6 +17,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from kvrouter_grpc.config import RouterConfig
 from kvrouter_grpc.core import RadixTree
 from kvrouter_grpc.types import EngineChunk
 
@@ -240,3 +241,17 @@ class Forecast:
 
 
 _NOTHING = array("Q")
+
+
+def forecasts(config: RouterConfig) -> dict[str, Forecast]:
+    """What is predicted of caches: of those that do not tell, and of the others until they do."""
+    if config.load_aware:
+        return {}
+
+    def forecast(ttl_s: float) -> Forecast:
+        return Forecast(ttl_s=ttl_s, max_blocks=config.max_tree_size, keep=config.prune_target_ratio)
+
+    made = {"silent": forecast(config.ttl_secs if config.approximate_cache_policy == "ttl" else math.inf)}
+    if config.prediction_ahead_s is not None:
+        made["ahead"] = forecast(config.prediction_ahead_s)
+    return made

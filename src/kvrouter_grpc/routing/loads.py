@@ -19,11 +19,41 @@ from kvrouter_grpc.types import Decision, Target
 
 
 class TargetLoad(NamedTuple):
-    """Work booked on one target at this moment."""
+    """Work on one target at this moment: what was booked, and what is assumed to come from elsewhere."""
 
     active_requests: int = 0
     queued_prefill_tokens: int = 0  # uncached prompt tokens sent that have no first token yet
     active_blocks: int = 0  # distinct blocks pinned by requests in flight; a shared prefix counts once
+
+
+class ForeignPart(NamedTuple):
+    """The part of a target's load that is assumed to come from elsewhere; see `foreign.py`."""
+
+    requests: int = 0
+    waiting_requests: int = 0
+    prefill_tokens: int = 0
+    blocks: int = 0
+
+
+class Output(NamedTuple):
+    """How the answer of a request grows into blocks."""
+
+    block_size: int
+    room: int  # tokens that the last block of the prompt still takes
+    expected_tokens: int  # 0 when not known
+
+    @classmethod
+    def after(cls, prompt_tokens: int, block_size: int, expected_tokens: int | None) -> Self:
+        """The output that follows a prompt."""
+        return cls(block_size, -prompt_tokens % block_size, expected_tokens or 0)
+
+    def blocks(self, tokens: int) -> int:
+        """Blocks that so many tokens take beyond those of the prompt."""
+        return -(-max(0, tokens - self.room) // self.block_size)
+
+    def weight(self, tokens: int) -> float:
+        """What a block counts when so many tokens are there: less the nearer the expected end, when that is known."""
+        return max(0.0, 1 - tokens / self.expected_tokens) if self.expected_tokens else 1.0
 
 
 class Booking(NamedTuple):
@@ -32,6 +62,7 @@ class Booking(NamedTuple):
     seqs: "array[int]"  # sequence hashes of the blocks it pins, from the first of its prompt on
     prefill_tokens: int  # uncached tokens that must be computed before its first token
     share_blocks: bool = True  # blocks with equal hashes are pinned once
+    output: Output | None = None  # None: what it generates is not counted
 
 
 class Lease:
@@ -45,12 +76,17 @@ class Lease:
         expectation: What is expected of its target's cache, to be compared with what its engine finds.
         prefilling: Whether its prompt is still to be computed.
         released: Whether it has ended.
+        counts_output: Whether `generated` has any effect.
     """
 
     __slots__ = (
         "_booking",
+        "_output_blocks",
+        "_output_parts",
+        "_output_tokens",
         "_table",
         "_ticket",
+        "counts_output",
         "decision",
         "expectation",
         "expires_at",
@@ -72,6 +108,8 @@ class Lease:
         self._booking = booking
         self._ticket = ticket
         self.prefilling = True
+        self._output_tokens = self._output_blocks = self._output_parts = 0
+        self.counts_output = booking.output is not None
         self.released = False
 
     @property
@@ -85,6 +123,20 @@ class Lease:
             self.prefilling = False
             self._table.targets.first_token(self._ticket, self._booking.prefill_tokens)
 
+    def generated(self, tokens: int) -> None:
+        """So many more tokens of the answer are there. Costs next to nothing but where a block begins."""
+        output = self._booking.output
+        if output is None or self.released:
+            return
+        self._output_tokens += tokens
+        blocks = output.blocks(self._output_tokens)
+        if blocks > self._output_blocks:
+            self._output_blocks = blocks
+            seqs, _, share, _ = self._booking
+            weight = output.weight(self._output_tokens)
+            parts = self._output_parts
+            self._output_parts = self._table.targets.generated(self._ticket, seqs, share, blocks, weight, parts)
+
     def release(self) -> None:
         """Take everything back. Idempotent."""
         if self.released:
@@ -93,7 +145,8 @@ class Lease:
             self.prediction.end(self._table.clock(), computed=not self.prefilling)
         self.first_token()
         self.released = True
-        self._table.targets.release(self._ticket, self._booking.seqs, self._booking.share_blocks)
+        seqs, _, share, _ = self._booking
+        self._table.targets.release(self._ticket, seqs, share, self._output_parts)
         self._table.forget(self)
 
     def __enter__(self) -> Self:
@@ -132,6 +185,11 @@ class LoadTable:
         row = self.targets.row(target)
         return TargetLoad(*self.targets.load(row)) if row is not None else TargetLoad()
 
+    def foreign(self, target: Target) -> ForeignPart:
+        """The part of `load` that was not booked here."""
+        row = self.targets.row(target)
+        return ForeignPart(*self.targets.foreign(row)) if row is not None else ForeignPart()
+
     def check_free(self, request_id: str) -> None:
         """Make sure that no lease has this id.
 
@@ -156,7 +214,7 @@ class LoadTable:
         row = self.targets.row(decision.target)
         if row is None:
             raise KeyError(decision.target)
-        ticket = self.targets.book(row, *booking)
+        ticket = self.targets.book(row, booking.seqs, booking.prefill_tokens, booking.share_blocks)
         lease = Lease(self, request_id, decision, booking, ticket, expires_at)
         self._leases[request_id] = lease
         self._count += 1

@@ -5,25 +5,27 @@ from typing import Self
 
 from kvrouter_grpc.config import RouterConfig
 from kvrouter_grpc.core import Policy
-from kvrouter_grpc.routing.cost import COSTS, Weights
+from kvrouter_grpc.routing.cost import Weights
+from kvrouter_grpc.routing.mode import Knobs
 from kvrouter_grpc.types import RouterOverride
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """Weights, cost, mode and temperature, and the same as the compiled core takes it."""
+    """Cost, mode, their knobs and the temperature, and the same as the compiled core takes it."""
 
     weights: Weights
+    knobs: Knobs
     cost: str
     mode: str
     temperature: float
     policy: Policy
 
     @classmethod
-    def make(cls, weights: Weights, cost: str, mode: str, temperature: float) -> Self:
+    def make(cls, weights: Weights, knobs: Knobs, cost: str, mode: str, temperature: float) -> Self:
         """Compile a plan."""
-        policy = Policy(weights, cost=cost, mode=mode, temperature=temperature)
-        return cls(weights, cost, mode, temperature, policy)
+        policy = Policy(weights, knobs, cost=cost, mode=mode, temperature=temperature)
+        return cls(weights, knobs, cost, mode, temperature, policy)
 
     @classmethod
     def of(cls, config: RouterConfig) -> Self:
@@ -40,12 +42,13 @@ class Plan:
             track_prefill_tokens=config.track_prefill_tokens,
             assume_kv_reuse=config.assume_kv_reuse,
         )
-        return cls.make(weights, config.cost, config.mode, config.temperature)
-
-    @property
-    def terms(self) -> tuple[str, ...]:
-        """Names of the terms of the cost."""
-        return COSTS[self.cost]
+        knobs = Knobs(
+            session_load_bound=config.session_load_bound,
+            prefix_threshold=config.prefix_threshold,
+            kv_aware_threshold=config.kv_aware_threshold,
+            accelerator_to_cpu_ratio=config.accelerator_to_cpu_ratio,
+        )
+        return cls.make(weights, knobs, config.cost, config.mode, config.temperature)
 
     def changed(self, override: RouterOverride) -> "Plan":
         """This plan as a request changes it."""
@@ -55,7 +58,8 @@ class Plan:
             if (value := getattr(override, field)) is not None
         }
         temperature = override.temperature if override.temperature is not None else self.temperature
-        return Plan.make(replace(self.weights, **weights), override.cost or self.cost, self.mode, temperature)
+        weights_now = replace(self.weights, **weights)
+        return Plan.make(weights_now, self.knobs, override.cost or self.cost, self.mode, temperature)
 
     def decoding(self) -> "Plan":
         """This plan for a request whose prompt another worker computes.
@@ -70,4 +74,4 @@ class Plan:
             disk_cache_hit_weight=0.0,
             track_prefill_tokens=False,
         )
-        return Plan.make(weights, "dynamo", self.mode, self.temperature)
+        return Plan.make(weights, self.knobs, "dynamo", self.mode, self.temperature)

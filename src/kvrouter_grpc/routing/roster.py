@@ -5,9 +5,10 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple, TypeVar
 
-from kvrouter_grpc.core import TargetTable, seed_for
+from kvrouter_grpc.core import TargetTable, hash_bytes, seed_for
 from kvrouter_grpc.errors import UnknownModelError
 from kvrouter_grpc.routing import candidates
+from kvrouter_grpc.routing.mode import CPU_TAINT
 from kvrouter_grpc.routing.workers import Worker, WorkerRegistry
 from kvrouter_grpc.types import Role, RoutingHints, Target
 
@@ -164,7 +165,12 @@ class Roster:
                 row = self._table.row(target)
                 if row is not None:
                     seats[row] = Seat(worker, target)
-                    self._table.set_total_blocks(row, worker.spec.total_kv_blocks or 0)
+                    self._table.describe(
+                        row,
+                        total_blocks=worker.spec.total_kv_blocks or 0,
+                        identity=hash_bytes(b"%d/%d" % target, 0),
+                        on_cpu=CPU_TAINT in worker.spec.taints,
+                    )
         roles = {worker.spec.role for worker in workers}
         role = roles.pop() if len(roles) == 1 else Role.BOTH
         loras = frozenset(lora for worker in workers if worker.facts for lora in worker.facts.loras)

@@ -1,21 +1,23 @@
 """The router of one endpoint: decides where a request goes and books it there, in one synchronous step."""
 
-import math
 import time
 from array import array
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 
 from kvrouter_grpc.config import RouterConfig
-from kvrouter_grpc.core import Choice, Decider, TokenIds, seed_for
+from kvrouter_grpc.core import Choice, Decider, TokenIds, hash_bytes, seed_for
 from kvrouter_grpc.errors import NotReadyError, RouterError
 from kvrouter_grpc.routing import candidates
 from kvrouter_grpc.routing.cost import credit_blocks
-from kvrouter_grpc.routing.forecast import Forecast, Prediction
+from kvrouter_grpc.routing.forecast import Prediction, forecasts
+from kvrouter_grpc.routing.foreign import ForeignLoad
 from kvrouter_grpc.routing.index import KvIndex
-from kvrouter_grpc.routing.loads import Booking, Lease, LoadTable, TargetLoad
+from kvrouter_grpc.routing.loads import Booking, Lease, LoadTable, Output, TargetLoad
+from kvrouter_grpc.routing.mode import SESSION_MODES
 from kvrouter_grpc.routing.plan import Plan
 from kvrouter_grpc.routing.roster import Roster, Seat
+from kvrouter_grpc.routing.sessions import Sessions
 from kvrouter_grpc.routing.stream import freshness
 from kvrouter_grpc.routing.workers import Worker, WorkerRegistry
 from kvrouter_grpc.types import (
@@ -63,6 +65,9 @@ class Router:
         config: The policy.
         clock: Monotonic seconds.
         on_worker_change: Called with each worker that was added, changed or removed.
+
+    Attributes:
+        asks_for_session: Whether it matters which session a request belongs to.
     """
 
     def __init__(
@@ -76,11 +81,14 @@ class Router:
         self.endpoint = endpoint
         self.config = config
         self.workers = WorkerRegistry(on_worker_change)
-        self.index = KvIndex(config.block_size, self._block_size_differs, clock=clock, **_forecasts(config))
+        self.index = KvIndex(config.block_size, self._block_size_differs, clock=clock, **forecasts(config))
         self.loads = LoadTable(self.index.targets, clock, config.request_expiry_s)
         self._roster = Roster(self.workers, self.index.targets)
         self._decider = Decider(self.index.targets, config.seed)
         self._plan = Plan.of(config)
+        self.asks_for_session = config.mode in SESSION_MODES or config.session_affinity_ttl_secs is not None
+        self._sessions = Sessions(ttl) if (ttl := config.session_affinity_ttl_secs) is not None else None
+        self._foreign = ForeignLoad(self.index.targets)
         self._reports: dict[Target, EngineReport] = {}
         self._decode_plan = self._plan.decoding()
         self._turn = 0  # of round-robin; only what is booked takes a turn
@@ -102,6 +110,7 @@ class Router:
         for target in targets:
             self.index.remove(target)
             self._reports.pop(target, None)
+            self._foreign.forget(target)
 
     def check_block_size(self, worker: Worker, block_size: int, source: str) -> None:
         """Compare the worker's block size with the router's, which is learned from the first worker if it is open."""
@@ -127,6 +136,7 @@ class Router:
         if hits is not None:
             self._reports[target] = report
             hits.reported(report)
+            self._foreign.reported(target, report, self._decider.usual_new_tokens, self.loads.clock())
 
     def engine_report(self, target: Target) -> EngineReport | None:
         """The last report of a rank, if there was one."""
@@ -136,6 +146,7 @@ class Router:
         """Forget what the rank held: its process is another one now."""
         self.index.clear(target)
         self._reports.pop(target, None)
+        self._foreign.forget(target)
 
     # --- decisions ------------------------------------------------------------------------------------------------
 
@@ -178,6 +189,8 @@ class Router:
         rows, seed = self._roster.lane(model)
         if not rows:
             raise self._nobody(model, RoutingHints(), ())
+        if self._plan.mode == "direct":
+            raise candidates.not_pinned()
         choice = self._decider.decide(tokens, seed, None, self._plan.policy, rows, None, 0, self._turn, False)
         return self._roster.seat(choice.row), choice, self.index.targets.load(choice.row)
 
@@ -206,20 +219,28 @@ class Router:
         self.loads.check_free(request_id)
         plan = self._plan_for(hints, prefilled=prefilled)
         decision = self._decide(prompt, hints, plan, model, explain, exclude)
-        weights = plan.weights
         seqs = self._decider.sequence()
-        booking = Booking(
-            seqs if weights.track_active_blocks else _NO_BLOCKS,
-            decision.prompt_tokens - decision.expected_cached_tokens if weights.track_prefill_tokens else 0,
-            weights.assume_kv_reuse,
-        )
-        self._turn += 1
-        lease = self.loads.book(request_id, decision, booking, ttl_s)
+        lease = self.loads.book(request_id, decision, self._booking(seqs, decision, plan, hints), ttl_s)
         lease.prediction = self.index.predict(decision.target, seqs, prompt, self.loads.clock())
         hits = self.index.hits(decision.target)
         if hits is not None:
             lease.expectation = hits.expect(decision, self.loads.clock())
+        self._turn += 1
+        if self._sessions is not None and hints.session_id:
+            self._sessions.bind(_session_key(hints), decision.target, self.loads.clock())
         return lease
+
+    def _booking(self, seqs: "array[int]", decision: Decision, plan: Plan, hints: RoutingHints) -> Booking:
+        weights = plan.weights
+        output = None
+        if self.config.track_output_blocks and weights.track_active_blocks and decision.block_size:
+            output = Output.after(decision.prompt_tokens, decision.block_size, hints.expected_output_tokens)
+        return Booking(
+            seqs if weights.track_active_blocks else _NO_BLOCKS,
+            decision.new_tokens if weights.track_prefill_tokens else 0,
+            weights.assume_kv_reuse,
+            output,
+        )
 
     def improve(self, prediction: Prediction, prompt: Prompt, decision: Decision) -> None:
         """Correct predictions by what was heard of a request that is about to be released."""
@@ -232,9 +253,11 @@ class Router:
             prediction.lengthen(self.index.sequence(prompt._replace(tokens=tokens)))
 
     def expire(self) -> None:
-        """End what is past its time: reservations that nobody freed, predictions."""
+        """End what is past its time: reservations that nobody freed, predictions, what silent engines said."""
+        now = self.loads.clock()
         self.loads.expire()
-        self.index.expire(self.loads.clock())
+        self.index.expire(now)
+        self._foreign.fade(self._decider.usual_new_tokens, now)
 
     def first_token(self, lease: Lease) -> None:
         """The prompt of a request that was sent is computed: its blocks are announced or overdue soon. Idempotent."""
@@ -342,16 +365,21 @@ class Router:
         rows = self._roster.eligible(model, hints, exclude)
         if not rows:
             raise self._nobody(model, hints, exclude)
+        if plan.mode == "direct" and hints.worker_id is None:
+            raise candidates.not_pinned()
+        session = _session_key(hints) if hints.session_id else None
+        asked = rows if session is None or self._sessions is None else self._bound(session, rows)
         choice = self._decider.decide(
             prompt.tokens,
             seed_for(prompt.lora_name, prompt.cache_salt),
             prompt.mm_hashes,
             plan.policy,
-            rows,
-            self._preferences(rows, hints) if hints.preferred_taints else None,
+            asked,
+            self._preferences(asked, hints) if hints.preferred_taints else None,
             hints.expected_output_tokens or 0,
             self._turn,
             explain,
+            session,
         )
         seat = self._roster.seat(choice.row)
         block_size = self.index.block_size
@@ -366,11 +394,31 @@ class Router:
             choice.cached_tokens if block_size else 0,
             choice.cost,
             choice.freshness,
-            self._explained(choice, plan, self._roster.drops(model, hints, exclude)) if explain else (),
+            self._explained(choice, plan, self._left_out(rows, asked, model, hints, exclude)) if explain else (),
+            choice.new_tokens,
         )
 
     def _nobody(self, model: str, hints: RoutingHints, exclude: Collection[Target]) -> RouterError:
         return candidates.none_eligible(self.endpoint, list(self._roster.drops(model, hints, exclude)), hints)
+
+    def _bound(self, session: int, rows: "array[int]") -> "array[int]":
+        """The row of the target that a session is bound to; all of `rows` when it is free, or that one is not there."""
+        target = self._sessions.find(session, self.loads.clock()) if self._sessions is not None else None
+        row = self.index.targets.row(target) if target is not None else None
+        return array("I", [row]) if row is not None and row in rows else rows
+
+    def _left_out(
+        self, rows: "array[int]", asked: "array[int]", model: str, hints: RoutingHints, exclude: Collection[Target]
+    ) -> Iterator[tuple[Worker, Target, str]]:
+        yield from self._roster.drops(model, hints, exclude)
+        for row in rows if asked is not rows else ():
+            if row not in asked:
+                seat = self._roster.seat(row)
+                yield (
+                    seat.worker,
+                    seat.target,
+                    f"its session is bound to {self._roster.seat(asked[0]).worker.spec.name}",
+                )
 
     def _preferences(self, rows: "array[int]", hints: RoutingHints) -> "array[float]":
         preferred = hints.preferred_taints
@@ -385,7 +433,7 @@ class Router:
         scored = []
         for seen in choice.candidates or ():
             seat = self._roster.seat(seen.row)
-            terms = dict(zip(plan.terms, seen.terms or (), strict=True))
+            terms = dict(zip(plan.policy.terms, seen.terms or (), strict=True))
             overlap = Overlap._make(seen.tiers)
             scored.append(Candidate(seat.target, seat.worker.spec.name, overlap, seen.cost, terms))
         scored.sort(key=lambda candidate: (candidate.cost or 0.0, candidate.target))
@@ -393,18 +441,8 @@ class Router:
         return (*scored, *dropped)
 
 
-def _forecasts(config: RouterConfig) -> dict[str, Forecast]:
-    """What is predicted of caches: of those that do not tell, and of the others until they do."""
-    if config.load_aware:
-        return {}
-
-    def forecast(ttl_s: float) -> Forecast:
-        return Forecast(ttl_s=ttl_s, max_blocks=config.max_tree_size, keep=config.prune_target_ratio)
-
-    forecasts = {"silent": forecast(config.ttl_secs if config.approximate_cache_policy == "ttl" else math.inf)}
-    if config.prediction_ahead_s is not None:
-        forecasts["ahead"] = forecast(config.prediction_ahead_s)
-    return forecasts
-
-
 _NO_BLOCKS = array("Q")
+
+
+def _session_key(hints: RoutingHints) -> int:
+    return hash_bytes(hints.session_id.encode(), 0)

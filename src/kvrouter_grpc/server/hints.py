@@ -1,6 +1,6 @@
 """Reads what a request asks of the decision: pins, filters, priorities and changes of the policy."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from google.protobuf.unknown_fields import UnknownFieldSet
 
@@ -13,6 +13,7 @@ MAX_WORKERS = 4096
 MAX_TAINTS = 64
 MAX_TAINT = 256
 MAX_PRIORITY_JUMP_S = 86_400.0
+MAX_SESSION = 256
 
 _NOT_NEGATIVE = Bounds(0, 1_000_000)  # the upper end keeps every cost finite
 _EITHER_SIGN = Bounds(-1_000_000, 1_000_000)
@@ -32,6 +33,7 @@ def read_hints(
     request: router_pb2.GenerateRequest | router_pb2.BestWorkerIdRequest,
     role: Callable[[], Role],
     violations: Violations,
+    session_id: str = "",
 ) -> RoutingHints:
     """Read and check the routing hints and the override of a request.
 
@@ -40,10 +42,11 @@ def read_hints(
         role: What the endpoint's workers are for: the phase the request is in, and so which pin counts. Asked only
             when there are hints.
         violations: Takes what is wrong.
+        session_id: The session of a request that does not name one.
     """
     override = read_override(request, violations)
     if not request.HasField("routing"):
-        return NO_HINTS if override is None else RoutingHints(override=override)
+        return RoutingHints(override=override, session_id=session_id) if override or session_id else NO_HINTS
     routing = request.routing
     phase = role()
     worker_id, dp_rank = _read_pin(routing, phase, violations)
@@ -62,6 +65,7 @@ def read_hints(
         expected_output_tokens=(routing.expected_output_tokens if routing.HasField("expected_output_tokens") else None),
         strict_priority=routing.strict_priority,
         priority_jump_s=_read_priority_jump(routing.priority_jump_s, violations),
+        session_id=_read_session("routing.session_id", routing.session_id, violations) or session_id,
         override=override,
         prefill_worker_id=routing.prefill_worker_id if leg else None,
         prefill_dp_rank=routing.prefill_dp_rank if leg and routing.HasField("prefill_dp_rank") else None,
@@ -106,6 +110,26 @@ def read_override(
         shared_cache_multiplier=given.get("shared_cache_multiplier"),
         cost=given.get("cost"),
     )
+
+
+def session_in(metadata: Iterable[tuple[str, str | bytes]], key: str, violations: Violations) -> str:
+    """The session that the metadata of a call names, "" when it names none.
+
+    Args:
+        metadata: Of the call.
+        key: Under which it would be.
+        violations: Takes what is wrong.
+    """
+    for name, value in metadata:
+        if name == key and isinstance(value, str):
+            return _read_session(f"metadata {key}", value, violations)
+    return ""
+
+
+def _read_session(field: str, session_id: str, violations: Violations) -> str:
+    if session_id:
+        violations.check_text(field, session_id, MAX_SESSION)
+    return session_id
 
 
 def _read_pin(routing: router_pb2.RoutingHints, role: Role, violations: Violations) -> tuple[int | None, int | None]:

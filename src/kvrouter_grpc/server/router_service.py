@@ -22,7 +22,7 @@ from kvrouter_grpc.server.boundary import (
     request_id_for,
 )
 from kvrouter_grpc.server.endpoints import Endpoints
-from kvrouter_grpc.server.hints import read_hints, read_override
+from kvrouter_grpc.server.hints import read_hints, read_override, session_in
 from kvrouter_grpc.server.incoming import Asked, AskedReader, Batch, Unreadable, batch_reader, readable, reader
 from kvrouter_grpc.server.opaque_json import read_object
 from kvrouter_grpc.server.params import read_params
@@ -110,9 +110,7 @@ class RouterService:
 
     # --- the methods of the contract ------------------------------------------------------------------------------
 
-    async def generate(
-        self, asked: Asked[router_pb2.GenerateRequest], _context: Context
-    ) -> AsyncGenerator[bytes, None]:
+    async def generate(self, asked: Asked[router_pb2.GenerateRequest], context: Context) -> AsyncGenerator[bytes, None]:
         """See the contract, here and below."""
         self._refuse_when_draining()
         request = asked.message
@@ -120,7 +118,8 @@ class RouterService:
         router = self._endpoints.one(request.endpoint)
         violations = Violations()
         check_request_id(request.request_id, violations)
-        hints = read_hints(request, lambda: router.role, violations)
+        session = self._session_of(context, router, violations)
+        hints = read_hints(request, lambda: router.role, violations, session)
         params = read_params(request, violations)
         transfer = read_object("kv_transfer_params_json", request.kv_transfer_params_json, violations)
         prompt = self._read_prompt(asked, request.model, router, violations)
@@ -156,10 +155,10 @@ class RouterService:
                 for message in messages:
                     yield message.SerializeToString()
 
-    async def best_worker_id(self, data: bytes, _context: Context) -> bytes:
+    async def best_worker_id(self, data: bytes, context: Context) -> bytes:
         """Decide one."""
         try:
-            return self._decide_plain(data) or await self._decide(readable(self._read_best(data)))
+            return self._decide_plain(data) or await self._decide(readable(self._read_best(data)), context)
         except Exception:
             name_call(self._given_id(data))
             raise
@@ -218,20 +217,28 @@ class RouterService:
         tokens, endpoint, model = plain
         try:
             router = self._endpoints.one(endpoint)
+            if router.asks_for_session:
+                return None
             seat, choice, load = router.choose(tokens, model)
         except RouterError:
             return None
         head = seat.reply_head or write_head(seat)
         return best_worker_reply(head, choice, load, len(tokens), router.index.block_size)
 
-    async def _decide(self, asked: Asked[router_pb2.BestWorkerIdRequest]) -> bytes:
-        """The reply to any request. Gives way to others only when a text is tokenized."""
+    async def _decide(self, asked: Asked[router_pb2.BestWorkerIdRequest], context: Context | None = None) -> bytes:
+        """The reply to any request. Gives way to others only when a text is tokenized.
+
+        Args:
+            asked: The request.
+            context: Of the call, when that is about this request alone.
+        """
         self._refuse_when_draining()
         request = asked.message
         router = self._endpoints.one(request.endpoint)
         violations = Violations()
         check_request_id(request.request_id, violations)
-        hints = read_hints(request, lambda: router.role, violations)
+        session = self._session_of(context, router, violations)
+        hints = read_hints(request, lambda: router.role, violations, session)
         ttl_s = duration.read("ttl", request.ttl, violations) if request.HasField("ttl") else None
         if request.reserve and not request.request_id:
             violations.add("request_id", "is empty; a reservation needs a name to be freed by")
@@ -303,6 +310,12 @@ class RouterService:
     def _refuse_when_draining(self) -> None:
         if self._draining:
             raise DrainingError("the router is shutting down; send the request to another one")
+
+    def _session_of(self, context: Context | None, router: Router, violations: Violations) -> str:
+        """The session that the metadata of a call names, where it matters."""
+        if context is None or not router.asks_for_session:
+            return ""
+        return session_in(context.invocation_metadata() or (), router.config.session_metadata, violations)
 
     def _reserved_on(self, request: router_pb2.MarkPrefillCompleteRequest | router_pb2.FreeRequest) -> Router:
         violations = Violations()

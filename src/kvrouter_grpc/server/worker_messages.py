@@ -7,6 +7,7 @@ from kvrouter_grpc._gen import admin_pb2, common_pb2
 from kvrouter_grpc.config import WorkerEntry
 from kvrouter_grpc.config.settings import WORKER_SETTINGS
 from kvrouter_grpc.discovery.fleet import StreamView, WorkerView
+from kvrouter_grpc.routing.loads import ForeignPart
 from kvrouter_grpc.routing.prediction import HitPrediction
 from kvrouter_grpc.routing.router import Router
 from kvrouter_grpc.routing.stream import freshness
@@ -162,6 +163,7 @@ def worker_loads(views: Iterable[WorkerView], router: Router) -> list[admin_pb2.
                     total_blocks=view.spec.total_kv_blocks,
                     engine=_engine_report(router.engine_report(target)),
                     hits=_hit_prediction(router.index.hits(target)),
+                    foreign=_foreign_load(router.loads.foreign(target)),
                 )
             )
     return loads
@@ -181,6 +183,17 @@ def _hit_prediction(hits: HitPrediction | None) -> admin_pb2.HitPrediction | Non
         told=hits.tells,
         drifting=hits.drifting,
         alarms=hits.alarms,
+    )
+
+
+def _foreign_load(foreign: ForeignPart) -> admin_pb2.ForeignLoad | None:
+    if not any(foreign):
+        return None
+    return admin_pb2.ForeignLoad(
+        requests=foreign.requests,
+        waiting_requests=foreign.waiting_requests,
+        prefill_tokens=foreign.prefill_tokens,
+        blocks=foreign.blocks,
     )
 
 

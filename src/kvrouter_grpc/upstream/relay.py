@@ -114,6 +114,8 @@ class Relay:
                             if lease.prefilling and any(chunk.token_ids or chunk.text for chunk in chunks):
                                 router.first_token(lease)
                             usage = chunks[-1].usage or usage
+                            if lease.counts_output:
+                                lease.generated(sum(len(chunk.token_ids) for chunk in chunks))
                             if delivered:
                                 yield RelayStep(chunks)
                             else:

@@ -17,6 +17,7 @@ from .errors import KvRouterError, Violation
 from .fleet import (
     EngineReport,
     Fleet,
+    ForeignLoad,
     FreshnessParts,
     HitPrediction,
     IndexStats,
@@ -56,6 +57,7 @@ __all__ = [
     "EngineReport",
     "FinishReason",
     "Fleet",
+    "ForeignLoad",
     "FreshnessParts",
     "GenerateChunk",
     "GenerateStream",

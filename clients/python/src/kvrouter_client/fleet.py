@@ -296,6 +296,21 @@ class EngineReport:
 
 
 @dataclass(frozen=True, slots=True)
+class ForeignLoad:
+    """The part of a target's load that did not come through this router."""
+
+    requests: int  # in flight
+    waiting_requests: int  # of those, without a first token
+    prefill_tokens: int  # that those are taken to compute
+    blocks: int  # that they pin
+
+    @classmethod
+    def from_proto(cls, message: admin_pb2.ForeignLoad) -> "ForeignLoad":
+        """Convert."""
+        return cls(message.requests, message.waiting_requests, message.prefill_tokens, message.blocks)
+
+
+@dataclass(frozen=True, slots=True)
 class WorkerLoad:
     """Work booked on one target, and the cache it has for it."""
 
@@ -308,6 +323,7 @@ class WorkerLoad:
     total_blocks: int | None  # None when not known
     engine: EngineReport | None  # None while it said nothing
     hits: HitPrediction
+    foreign: ForeignLoad | None  # None without any
 
     @classmethod
     def from_proto(cls, message: admin_pb2.WorkerLoad) -> "WorkerLoad":
@@ -322,6 +338,7 @@ class WorkerLoad:
             total_blocks=message.total_blocks if message.HasField("total_blocks") else None,
             engine=EngineReport.from_proto(message.engine) if message.HasField("engine") else None,
             hits=HitPrediction.from_proto(message.hits),
+            foreign=ForeignLoad.from_proto(message.foreign) if message.HasField("foreign") else None,
         )
 
 

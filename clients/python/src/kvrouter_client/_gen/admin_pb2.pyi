@@ -662,7 +662,7 @@ Global___GetLoadsRequest: _TypeAlias = GetLoadsRequest  # noqa: Y015
 
 @_typing.final
 class WorkerLoad(_message.Message):
-    """Work booked on one target."""
+    """Work on one target: what this router booked, and what engine reports say comes from elsewhere."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -677,6 +677,7 @@ class WorkerLoad(_message.Message):
     TOTAL_BLOCKS_FIELD_NUMBER: _builtins.int
     ENGINE_FIELD_NUMBER: _builtins.int
     HITS_FIELD_NUMBER: _builtins.int
+    FOREIGN_FIELD_NUMBER: _builtins.int
     worker_id: _builtins.int
     """The worker."""
     dp_rank: _builtins.int
@@ -703,6 +704,12 @@ class WorkerLoad(_message.Message):
     def hits(self) -> Global___HitPrediction:
         """How well its cache hits were foretold."""
 
+    @_builtins.property
+    def foreign(self) -> Global___ForeignLoad:
+        """The part of the load that did not come through this router, as far as engine reports tell; absent when there is
+        none.
+        """
+
     def __init__(
         self,
         *,
@@ -717,16 +724,51 @@ class WorkerLoad(_message.Message):
         total_blocks: _builtins.int | None = ...,
         engine: Global___EngineReport | None = ...,
         hits: Global___HitPrediction | None = ...,
+        foreign: Global___ForeignLoad | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_total_blocks", b"_total_blocks", "engine", b"engine", "hits", b"hits", "total_blocks", b"total_blocks"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_total_blocks", b"_total_blocks", "engine", b"engine", "foreign", b"foreign", "hits", b"hits", "total_blocks", b"total_blocks"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_total_blocks", b"_total_blocks", "active_blocks", b"active_blocks", "active_requests", b"active_requests", "cached_blocks", b"cached_blocks", "dp_rank", b"dp_rank", "endpoint", b"endpoint", "engine", b"engine", "hits", b"hits", "queued_prefill_tokens", b"queued_prefill_tokens", "total_blocks", b"total_blocks", "worker_id", b"worker_id", "worker_name", b"worker_name"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_total_blocks", b"_total_blocks", "active_blocks", b"active_blocks", "active_requests", b"active_requests", "cached_blocks", b"cached_blocks", "dp_rank", b"dp_rank", "endpoint", b"endpoint", "engine", b"engine", "foreign", b"foreign", "hits", b"hits", "queued_prefill_tokens", b"queued_prefill_tokens", "total_blocks", b"total_blocks", "worker_id", b"worker_id", "worker_name", b"worker_name"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__total_blocks: _TypeAlias = _typing.Literal["total_blocks"]  # noqa: Y015
     _WhichOneofArgType__total_blocks: _TypeAlias = _typing.Literal["_total_blocks", b"_total_blocks"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType__total_blocks) -> _WhichOneofReturnType__total_blocks | None: ...
 
 Global___WorkerLoad: _TypeAlias = WorkerLoad  # noqa: Y015
+
+@_typing.final
+class ForeignLoad(_message.Message):
+    """Load that came from elsewhere; part of the figures of its worker."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REQUESTS_FIELD_NUMBER: _builtins.int
+    WAITING_REQUESTS_FIELD_NUMBER: _builtins.int
+    PREFILL_TOKENS_FIELD_NUMBER: _builtins.int
+    BLOCKS_FIELD_NUMBER: _builtins.int
+    requests: _builtins.int
+    """Requests in flight."""
+    waiting_requests: _builtins.int
+    """Of those, without a first token."""
+    prefill_tokens: _builtins.int
+    """Prompt tokens that those are taken to compute."""
+    blocks: _builtins.int
+    """Blocks that they pin."""
+    def __init__(
+        self,
+        *,
+        requests: _builtins.int = ...,
+        waiting_requests: _builtins.int = ...,
+        prefill_tokens: _builtins.int = ...,
+        blocks: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["blocks", b"blocks", "prefill_tokens", b"prefill_tokens", "requests", b"requests", "waiting_requests", b"waiting_requests"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ForeignLoad: _TypeAlias = ForeignLoad  # noqa: Y015
 
 @_typing.final
 class EngineReport(_message.Message):

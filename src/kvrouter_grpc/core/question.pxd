@@ -1,0 +1,67 @@
+"""Everything that the cost of a row is worked out from, in one place."""
+
+from libc.math cimport INFINITY, isnan
+from libc.stdint cimport INT64_MAX, int64_t, uint32_t
+
+from kvrouter_grpc.core.cost cimport DYNAMO, DYNAMO_EXAMPLE, MOST_TERMS, Ask, Overlap, Weights, cost_terms
+from kvrouter_grpc.core.target cimport TIERS, Target
+from kvrouter_grpc.core.walk cimport Step, path_extend
+
+
+cdef struct Question:
+    const Weights* weights
+    Ask ask
+    const uint32_t* rows  # that are asked
+    const double* preferences  # parallel to `rows`, or NULL
+    uint32_t count
+    uint32_t slots  # entries of `held`
+    const Target* targets  # by row
+    const uint32_t* in_flight  # blocks of the prompt, by row
+    const uint32_t* held  # blocks of the prompt, by slot of the index
+    const Step* steps  # the prompt's path, while somebody has lower tiers
+    size_t path
+
+
+cdef inline const Target* question_target(const Question* question, uint32_t i) noexcept nogil:
+    return &question.targets[question.rows[i]]
+
+
+cdef inline void question_overlap(const Question* question, uint32_t i, Overlap* overlap) noexcept nogil:
+    """What the i-th row that is asked has of the prompt."""
+    cdef const Target* target = question_target(question, i)
+    cdef size_t depth
+    cdef uint32_t tier
+    overlap.in_flight = question.in_flight[question.rows[i]]
+    overlap.tiers[0] = question.held[target.slots[0]] if target.slots[0] < question.slots else 0
+    overlap.tiers[1] = overlap.tiers[2] = overlap.tiers[3] = 0
+    if target.lower_tiers != 0:
+        depth = overlap.tiers[0]
+        for tier in range(1, <uint32_t>TIERS):
+            if target.slots[tier] < question.slots:
+                overlap.tiers[tier] = <uint32_t>path_extend(question.steps, question.path, target.slots[tier], depth)
+                depth += overlap.tiers[tier]
+
+
+cdef inline double question_cost(const Question* question, uint32_t i, Overlap* overlap, double* terms) noexcept nogil:
+    """The cost of the i-th row that is asked; fills its overlap and its `MOST_TERMS` terms."""
+    cdef double preference = question.preferences[i] if question.preferences != NULL else 0
+    cdef double cost
+    question_overlap(question, i, overlap)
+    cost_terms(question_target(question, i), overlap, &question.ask, question.weights, preference, terms)
+    cost = terms[0] + terms[1] + terms[2]
+    # What is no number is worse than any number, and compares with others.
+    return INFINITY if isnan(cost) else cost
+
+
+cdef inline void question_compare(Question* question) noexcept nogil:
+    """Works out what the formula asks of all rows together."""
+    cdef uint32_t i
+    if question.weights.formula == DYNAMO and question.weights.overlap_score_credit_decay != 0:
+        question.ask.shortest_queue = INT64_MAX
+        for i in range(question.count):
+            question.ask.shortest_queue = min(
+                question.ask.shortest_queue, question_target(question, i).queued_prefill_tokens
+            )
+    elif question.weights.formula == DYNAMO_EXAMPLE:
+        for i in range(question.count):
+            question.ask.most_waiting = max(question.ask.most_waiting, question_target(question, i).waiting_requests)
