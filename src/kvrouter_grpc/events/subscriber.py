@@ -268,7 +268,10 @@ class Subscriber:
             seq = int.from_bytes(message[-2])
             if seq > HIGHEST_SEQ:
                 return self._misshapen("a sequence number that is none")
-            return self._tracker.replayed(seq, message[-1])
+            verdict = self._tracker.replayed(seq, message[-1])
+            if verdict is not Verdict.DUPLICATE:
+                self._status.last_event_at = time.monotonic()  # what was lost on the way was said all the same
+            return verdict
         self._failures = 0
         self._unfinished = False
         return self._tracker.replay_ended()
