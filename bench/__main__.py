@@ -11,7 +11,19 @@ from bench import harness
 from bench.figures import machine
 from bench.side import ROOT
 
-SUITES = ("hash", "match", "decide", "events", "memory", "stream", "best_worker", "batch", "generate", "instructions")
+SUITES = (
+    "hash",
+    "match",
+    "decide",
+    "events",
+    "memory",
+    "snapshot",
+    "stream",
+    "best_worker",
+    "batch",
+    "generate",
+    "instructions",
+)
 
 
 def main() -> int:

@@ -21,4 +21,6 @@ GOALS: dict[str, float] = {
     "stream.store_256x1.goal.us_per_block": 0.22,
     "stream.storm.goal.p99_ms": 2.0,
     "memory.per_block.goal.bytes": 40.0,
+    "snapshot.64_workers.goal.stall_ms": 1.0,
+    "snapshot.writing.goal.p99_ms": 2.0,
 }

@@ -84,6 +84,18 @@ reads the same messages as we do.
 
 {table("memory per (worker, block), bytes", "memory", "bytes", ["per_block"])}
 
+## Warm starts
+
+{table("snapshot of 64 workers x 20,000 blocks, bytes per block", "snapshot", "bytes_per_block", ["64_workers"])}
+
+{table("writing it, ms", "snapshot", "write_ms", ["64_workers"])}
+
+{table("reading it into an empty index, ms", "snapshot", "read_ms", ["64_workers"])}
+
+{table("its longest stretch on the event loop, CPU ms", "snapshot", "stall_ms", ["64_workers"])}
+
+{table("a decision of 8,192 tokens meanwhile, p99 ms", "snapshot", "p99_ms", ["calm", "writing"])}
+
 ![CPUs and latency by rate of events](img/performance-events.svg)
 
 ## Over gRPC

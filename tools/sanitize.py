@@ -16,6 +16,7 @@ TESTS = [
     "tests/unit/test_block_hash.py",
     "tests/unit/test_radix_tree.py",
     "tests/unit/test_radix_twin.py",
+    "tests/unit/test_slot_bytes.py",
     "tests/unit/test_orphans.py",
     "tests/unit/test_kv_messages.py",
     "tests/unit/test_target_table.py",

@@ -19,6 +19,7 @@ from kvrouter_grpc.observability.logging import configure_logging
 from kvrouter_grpc.observability.metrics import MetricsServer, RouterCollector
 from kvrouter_grpc.routing.router import Router
 from kvrouter_grpc.server.server import GrpcServer
+from kvrouter_grpc.snapshots.keeper import SnapshotKeeper
 from kvrouter_grpc.upstream.prefill_leg import PrefillLeg
 from kvrouter_grpc.upstream.relay import Relay
 from kvrouter_grpc.upstream.session import engine_session
@@ -82,12 +83,15 @@ class App:
                 )
                 for spec in config.workers:
                     fleet.configure(spec)
+                keeper = SnapshotKeeper(self.routers, config.router)
                 relay = Relay(fleet.client, config.upstream, fleet.suspect, self._prefill_legs(fleet))
                 server = GrpcServer(config.server, self.routers, relay, fleet)
                 metrics = MetricsServer(config.server, RouterCollector(self.routers, fleet))
+                await keeper.load()  # before the first worker is followed
                 async with asyncio.TaskGroup() as group:
                     tasks = [
                         group.create_task(fleet.run(), name="fleet"),
+                        group.create_task(keeper.run(), name="snapshots"),
                         group.create_task(self._follow_readiness(server, fleet), name="readiness"),
                     ]
                     try:
@@ -96,6 +100,7 @@ class App:
                         self.started.set()
                         await self._stop.wait()
                         await self._drain(server)
+                        await keeper.write()
                     finally:
                         await server.stop(0)
                         await metrics.stop()

@@ -111,6 +111,19 @@ async def running(
     configs = dict.fromkeys(names, worker) | (workers or {})
     async with AsyncExitStack() as stack:
         engines = {name: await stack.enter_async_context(MockWorker(config)) for name, config in configs.items()}
+        yield await stack.enter_async_context(serving(engines, specs=specs, wait=wait, **sections))
+
+
+@asynccontextmanager
+async def serving(
+    engines: dict[str, MockWorker],
+    *,
+    specs: dict[str, dict[str, Any]] | None = None,
+    wait: bool = True,
+    **sections: Any,
+) -> AsyncIterator[Stack]:
+    """A router over mock workers that run already; for the rest see `running`."""
+    async with AsyncExitStack() as stack:
         given = tuple(
             replace(WorkerSpec(name, engine.url, ENDPOINT), **(specs or {}).get(name, {}))
             for name, engine in engines.items()
@@ -137,11 +150,11 @@ async def running(
         )
         if wait:
             await running_stack.ready()
-            for name, config in configs.items():
-                for rank in range(config.dp_size if config.kv_events else 0):
+            for name, engine in engines.items():
+                for rank in range(engine.config.dp_size if engine.config.kv_events else 0):
                     stream = running_stack.router.index.stream(running_stack.target(name, rank))
                     await until(lambda stream=stream: stream.state.value in ("live", "cold"), f"{name}: {stream}")
         yield running_stack
 
 
-__all__ = ["ENDPOINT", "FAST", "Stack", "admin_pb2", "router_pb2", "running", "until"]
+__all__ = ["ENDPOINT", "FAST", "Stack", "admin_pb2", "router_pb2", "running", "serving", "until"]

@@ -214,9 +214,8 @@ def test_command_line_of_the_dynamo_readme() -> None:
     )
     assert config.router.block_size == 64
     assert not config.router.track_active_blocks
-    assert config.warnings == (
-        "router.reset-states=true (flag --router-reset-states): accepted for compatibility, no effect in this version.",
-    )
+    assert config.router.reset_states
+    assert config.warnings == ()
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from kvrouter_grpc.core import RadixTree, read_slot, write_slot
 from reference.pair import Pair
 
 SEEDS = st.sampled_from([1337, 7])
@@ -48,6 +49,18 @@ class RadixMachine(RuleBasedStateMachine):
     def store_at_root(self, data, seed, blocks):
         slot = self._slot(data)
         self.pair.store(slot, None, self._names(data, blocks), self._tokens(data, blocks), seed)
+
+    @rule(data=st.data(), elsewhere=st.booleans())
+    def write_and_read_back(self, data, elsewhere):
+        slot, tree = self._slot(data), self.pair.tree
+        written = write_slot(tree, slot)
+        if elsewhere:
+            other = RadixTree(self.pair.block_size)
+            read_slot(other, other.add_slot(), written)
+            other._check()
+            written = write_slot(other, 0)
+        tree.clear(slot)
+        read_slot(tree, slot, written)
 
     @rule(data=st.data(), blocks=st.integers(0, MOST_BLOCKS))
     def store_below(self, data, blocks):

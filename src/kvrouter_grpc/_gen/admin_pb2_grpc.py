@@ -65,6 +65,11 @@ class KvRouterAdminStub:
                 request_serializer=kvrouter_dot_v1_dot_admin__pb2.GetLoadsRequest.SerializeToString,
                 response_deserializer=kvrouter_dot_v1_dot_admin__pb2.GetLoadsResponse.FromString,
                 _registered_method=True)
+        self.StreamSnapshot = channel.unary_stream(
+                '/kvrouter.v1.KvRouterAdmin/StreamSnapshot',
+                request_serializer=kvrouter_dot_v1_dot_admin__pb2.StreamSnapshotRequest.SerializeToString,
+                response_deserializer=kvrouter_dot_v1_dot_admin__pb2.StreamSnapshotResponse.FromString,
+                _registered_method=True)
 
 
 class KvRouterAdminServicer:
@@ -127,6 +132,17 @@ class KvRouterAdminServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def StreamSnapshot(self, request, context):
+        """Streams what this router knows of the caches of one endpoint, for another router that starts: its index, and where
+        each event stream stands. A router started with `--router-snapshot-from` asks for it. Decisions go on meanwhile.
+
+        Status codes: INVALID_ARGUMENT, NOT_FOUND (unknown endpoint), RESOURCE_EXHAUSTED (too many are under way),
+        UNAVAILABLE (draining), INTERNAL.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_KvRouterAdminServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -159,6 +175,11 @@ def add_KvRouterAdminServicer_to_server(servicer, server):
                     servicer.GetLoads,
                     request_deserializer=kvrouter_dot_v1_dot_admin__pb2.GetLoadsRequest.FromString,
                     response_serializer=kvrouter_dot_v1_dot_admin__pb2.GetLoadsResponse.SerializeToString,
+            ),
+            'StreamSnapshot': grpc.unary_stream_rpc_method_handler(
+                    servicer.StreamSnapshot,
+                    request_deserializer=kvrouter_dot_v1_dot_admin__pb2.StreamSnapshotRequest.FromString,
+                    response_serializer=kvrouter_dot_v1_dot_admin__pb2.StreamSnapshotResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -324,6 +345,33 @@ class KvRouterAdmin:
             '/kvrouter.v1.KvRouterAdmin/GetLoads',
             kvrouter_dot_v1_dot_admin__pb2.GetLoadsRequest.SerializeToString,
             kvrouter_dot_v1_dot_admin__pb2.GetLoadsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def StreamSnapshot(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/kvrouter.v1.KvRouterAdmin/StreamSnapshot',
+            kvrouter_dot_v1_dot_admin__pb2.StreamSnapshotRequest.SerializeToString,
+            kvrouter_dot_v1_dot_admin__pb2.StreamSnapshotResponse.FromString,
             options,
             channel_credentials,
             insecure,

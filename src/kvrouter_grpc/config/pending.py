@@ -72,8 +72,6 @@ class PendingRouterConfig(Section):
         "Share the booked load over ZeroMQ.",
         names=Names(env=("DYN_ROUTER_ACTIVE_SEQUENCE_DIRECT_ZMQ",), dynamo=False),
     )
-    snapshot_threshold: int = setting(1_000_000, "Events between two snapshots.", ge=1)
-    reset_states: bool = setting(False, "Forget the shared state at start. This router keeps none.")
     durable_kv_events: bool = setting(False, "Take KV events from JetStream.")
     serve_indexer: bool = setting(
         False,

@@ -13,7 +13,17 @@ class EndpointPolicy(NamedTuple):
     settings: Mapping[str, Any]  # field of RouterConfig to its value
 
 
-OF_THE_PROCESS = frozenset({"kv_events", "load_aware", "min_initial_workers"})
+OF_THE_PROCESS = frozenset(
+    {
+        "kv_events",
+        "load_aware",
+        "min_initial_workers",
+        "reset_states",
+        "snapshot_dir",
+        "snapshot_from",
+        "snapshot_threshold",
+    }
+)
 """Settings of the section `router` that hold for all endpoints."""
 
 

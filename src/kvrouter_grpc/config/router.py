@@ -1,13 +1,14 @@
 """The section about the decision: cost, load model and index."""
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator
 
 from kvrouter_grpc.config.disagg import LocalPrefill, checked_local_prefill, read_local_prefill
 from kvrouter_grpc.config.pending import PendingRouterConfig
-from kvrouter_grpc.config.section import Contradiction, Endpoint, Names, Syntax, setting
+from kvrouter_grpc.config.section import Contradiction, Endpoint, HostPort, Names, Syntax, setting
 
 
 def _mode(value: Any) -> Any:
@@ -227,6 +228,23 @@ class RouterConfig(PendingRouterConfig):
         le=86_400,
         names=Names(env=("DYN_ROUTER_ACTIVE_REQUEST_EXPIRY_SECS",), dynamo=False),
     )
+    snapshot_dir: Path | None = setting(
+        None,
+        "Directory for snapshots of the index, from which a restarted router takes up where it was; none writes none.",
+        names=OWN,
+    )
+    snapshot_threshold: int = setting(
+        1_000_000,
+        "Event messages between two snapshots. One is also written when the router is stopped.",
+        ge=1,
+    )
+    snapshot_from: HostPort | None = setting(
+        None,
+        "Another router's KvRouterAdmin, host:port, from which to take a snapshot at start; when it does not answer, "
+        "that of snapshot-dir is read.",
+        names=OWN,
+    )
+    reset_states: bool = setting(False, "Read no snapshot at start: begin cold.")
     min_initial_workers: int = setting(
         0,
         "Workers that must be ready before the router is.",

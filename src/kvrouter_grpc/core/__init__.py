@@ -8,6 +8,7 @@ try:
     from kvrouter_grpc.core.radix_tree import RadixTree
     from kvrouter_grpc.core.reply_wire import answer_reply, best_worker_head, best_worker_reply, delimited
     from kvrouter_grpc.core.request_wire import entries, read_plain, split
+    from kvrouter_grpc.core.snapshot import read_slot, write_slot
     from kvrouter_grpc.core.target_table import TargetTable
     from kvrouter_grpc.core.token_ids import TokenIds, json_array
 except ModuleNotFoundError as error:
@@ -34,7 +35,9 @@ __all__ = [
     "hash_sequence",
     "json_array",
     "read_plain",
+    "read_slot",
     "seed_for",
     "sequence_hashes",
     "split",
+    "write_slot",
 ]

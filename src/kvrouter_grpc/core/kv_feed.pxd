@@ -20,7 +20,7 @@ cdef class KvFeed:
     cdef RadixTree tree  # None until the first blocks with tokens
     cdef uint32_t block_size  # 0 until then
     cdef int32_t[4] slots  # by tier; -1: none yet
-    cdef uint64_t other_groups  # bit set of the KV cache groups that hold no prefixes
+    cdef public uint64_t other_groups  # bit set of the KV cache groups that hold no prefixes
     cdef Lot lot
     cdef bint closed
 

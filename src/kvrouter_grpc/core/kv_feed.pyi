@@ -53,6 +53,12 @@ class KvFeed:
             MemoryError: There was none; what was applied until then stays.
         """
 
+    other_groups: int
+    """KV cache groups seen that hold no prefixes, a bit set."""
+
+    def adopt(self, tree: RadixTree, tier: int, slot: int) -> None:
+        """Go on with what a slot holds already, as if events had stored it."""
+
     def clear(self) -> None:
         """Forget all that the target holds, orphans included."""
 

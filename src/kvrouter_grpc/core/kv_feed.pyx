@@ -100,6 +100,14 @@ cdef class KvFeed:
         """Memory of the orphans."""
         return self.lot.meter.used
 
+    def adopt(self, RadixTree tree not None, tier, slot):
+        """What the target holds in a tier is in this slot already."""
+        if not isinstance(tier, int) or not 0 <= tier < KV_TIERS:
+            raise ValueError(f"tier must be an integer in 0..{KV_TIERS - 1}, not {tier!r}")
+        self.slots[<uint32_t>tier] = <int32_t>tree._slot(slot)
+        self.tree = tree
+        self.block_size = tree.block_size
+
     def clear(self):
         """Forgets all that the target holds."""
         cdef int tier

@@ -12,6 +12,7 @@ from kvrouter_grpc.errors import RouterError
 from kvrouter_grpc.events.rota import Rota
 from kvrouter_grpc.events.subscriber import EventSource, Subscriber
 from kvrouter_grpc.routing.router import Router
+from kvrouter_grpc.routing.snapshot import SnapshotError
 from kvrouter_grpc.routing.workers import Worker, complete
 from kvrouter_grpc.types import Target, WorkerState
 from kvrouter_grpc.upstream.vllm_http import Health, VllmHttpClient
@@ -158,6 +159,8 @@ class Attendant:
             at_rank(spec.replay, target.dp_rank) if spec.replay else None,
             spec.topic,
         )
+        if source.replay is not None:
+            self._restore(target)
         subscriber = Subscriber(
             target,
             source,
@@ -170,6 +173,16 @@ class Attendant:
         )
         self._subscribers[target] = subscriber
         group.create_task(subscriber.run(), name=f"events {spec.name}/{target.dp_rank}")
+
+    def _restore(self, target: Target) -> None:
+        """Start with what a router before this one knew of a rank, if that may still hold: its stream will tell."""
+        try:
+            warm = self.router.restore(target, self._started_at)
+        except SnapshotError as error:
+            self._log.warning("cold start", dp_rank=target.dp_rank, detail=f"the snapshot is of no use: {error}")
+            return
+        if warm:
+            self._log.info("warm start", dp_rank=target.dp_rank, blocks=self.router.index.blocks(target))
 
     # --- how it is ------------------------------------------------------------------------------------------------
 

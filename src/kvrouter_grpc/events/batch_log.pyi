@@ -34,6 +34,10 @@ class BatchLog:
     def note_hash(self, seq: int, content: int) -> None:
         """Remember a batch by the hash that `forget` gave."""
 
+    @property
+    def last_content(self) -> int:
+        """Hash of the batch before the next one; 0 when it was given up, or there was none."""
+
     def forget(self, seq: int) -> int:
         """Forget the content of a batch; its hash, 0 when nothing was noted of it."""
 

@@ -55,6 +55,12 @@ cdef class BatchLog:
         self.seqs[seq % LOGGED] = seq
         self.contents[seq % LOGGED] = content
 
+    @property
+    def last_content(self):
+        """The hash of the last batch, 0 when nothing was noted of it."""
+        cdef uint64_t seq = self.next_seq - 1
+        return self.contents[seq % LOGGED] if self.next_seq and self.seqs[seq % LOGGED] == seq else NO_CONTENT
+
     def forget(self, uint64_t seq):
         """Forgets a batch; its hash."""
         if self.seqs[seq % LOGGED] != seq:

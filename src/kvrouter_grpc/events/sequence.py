@@ -24,6 +24,7 @@ from kvrouter_grpc.events.answer import Answer
 from kvrouter_grpc.events.batch_log import LOST, OTHER, REMEMBERED, SAME, UNKNOWN, BatchLog
 from kvrouter_grpc.events.held import HeldBatches
 from kvrouter_grpc.events.repair import Repair
+from kvrouter_grpc.routing.stream import StreamPosition
 from kvrouter_grpc.types import StreamState
 
 
@@ -163,6 +164,23 @@ class StreamTracker:
         if self._held.count:
             return self.next_seq not in self._held
         return self._unreadable is not None and self._unreadable[0] == self.next_seq
+
+    # --- other processes of the router ----------------------------------------------------------------------------
+
+    @property
+    def position(self) -> StreamPosition | None:
+        """Where another tracker could go on, in the same doubt; None when what was taken may be of two processes."""
+        content = self.log.last_content
+        if not self._can_replay or not self._taken or self._unverified or not content:
+            return None
+        return StreamPosition(self.next_seq, content, self._taken, self.partial, self._lost)
+
+    def resume(self, position: StreamPosition) -> None:
+        """Go on where another tracker was. The connection proves, or disproves, that it is the same process."""
+        next_seq, content, self._taken, self.partial, self._lost = position
+        self.missed = self._lost
+        self.log.note_hash(next_seq - 1, content)
+        self.log.next_seq = next_seq
 
     # --- the connection -------------------------------------------------------------------------------------------
 

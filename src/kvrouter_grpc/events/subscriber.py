@@ -141,6 +141,10 @@ class Subscriber:
 
     async def run(self) -> None:
         """Follow the stream until cancelled."""
+        if self._status.resume_at is not None and self._source.replay is not None:
+            self._tracker.resume(self._status.resume_at)
+            self._status.resume_at = None  # the next subscriber begins cold
+        self._status.position = lambda: self._tracker.position
         now = asyncio.get_running_loop().time()
         self._place = place = self._rota.join(self)
         self._sockets = EventSockets(self._source, self._config, self._context, place)

@@ -6,10 +6,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
-from kvrouter_grpc.core import Applied, KvFeed, RadixTree, TargetTable, hash_sequence, seed_for
+from kvrouter_grpc.core import Applied, KvFeed, RadixTree, TargetTable, hash_sequence, read_slot, seed_for, write_slot
 from kvrouter_grpc.routing.forecast import Forecast, PredictedCache, Prediction
 from kvrouter_grpc.routing.prediction import HitPrediction
-from kvrouter_grpc.routing.stream import Evidence, StreamStatus, freshness
+from kvrouter_grpc.routing.stream import Evidence, StreamPosition, StreamStatus, freshness
 from kvrouter_grpc.types import (
     Overlap,
     Prompt,
@@ -228,6 +228,43 @@ class KvIndex:
         self.targets.set_slot(view.row, tier, slot)
         self._depths = None  # too short by now
         return slot
+
+    # --- other processes of the router ------------------------------------------------------------------------------
+
+    def write(self, target: Target) -> tuple[int, tuple[tuple[Tier, bytes], ...]]:
+        """What the engine of `target` told so far, for `restore`; see `routing/snapshot.py`.
+
+        Predictions ahead of events are given up for it: they are nothing it told.
+
+        Returns:
+            The KV cache groups that hold no prefixes, a bit set; and what it holds in each tier.
+        """
+        view = self._views[target]
+        _forget_predictions(view)
+        slots = [(tier, write_slot(self._tree, slot)) for tier, slot in view.slots.items()] if self._tree else []
+        return view.feed.other_groups, tuple(slots)
+
+    def restore(
+        self, target: Target, position: StreamPosition, groups: int, slots: Sequence[tuple[Tier, bytes]]
+    ) -> None:
+        """Let `target`, of which nothing is known yet, hold what `write` gave, and its events go on at `position`.
+
+        Raises:
+            ValueError: It is not what `write` gives, or the block size is not known yet; it holds nothing then.
+        """
+        view, tree = self._views[target], self._tree
+        if tree is None:
+            raise ValueError("the block size is not known yet")
+        try:
+            for tier, data in slots:
+                slot = self._slot(target, TIERS.index(tier))
+                view.feed.adopt(tree, TIERS.index(tier), slot)
+                read_slot(tree, slot, data)
+        except ValueError:
+            self.clear(target)
+            raise
+        view.feed.other_groups = groups
+        view.stream.resume_at = position
 
     # --- predictions ----------------------------------------------------------------------------------------------
 

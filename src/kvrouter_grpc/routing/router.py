@@ -18,6 +18,7 @@ from kvrouter_grpc.routing.mode import SESSION_MODES
 from kvrouter_grpc.routing.plan import Plan
 from kvrouter_grpc.routing.roster import Roster, Seat
 from kvrouter_grpc.routing.sessions import Sessions
+from kvrouter_grpc.routing.snapshot import Snapshot
 from kvrouter_grpc.routing.stream import freshness
 from kvrouter_grpc.routing.workers import Worker, WorkerRegistry
 from kvrouter_grpc.types import (
@@ -91,6 +92,7 @@ class Router:
         self._foreign = ForeignLoad(self.index.targets)
         self._reports: dict[Target, EngineReport] = {}
         self._decode_plan = self._plan.decoding()
+        self.snapshot: Snapshot | None = None  # what a router before this one knew, until the workers claim it
         self._turn = 0  # of round-robin; only what is booked takes a turn
 
     @property
@@ -111,6 +113,10 @@ class Router:
             self.index.remove(target)
             self._reports.pop(target, None)
             self._foreign.forget(target)
+
+    def restore(self, target: Target, started_at: float | None) -> bool:
+        """Let a rank that was just added hold what the snapshot says, if there is one; see `Snapshot.restore`."""
+        return self.snapshot is not None and self.snapshot.restore(self.index, target, started_at)
 
     def check_block_size(self, worker: Worker, block_size: int, source: str) -> None:
         """Compare the worker's block size with the router's, which is learned from the first worker if it is open."""

@@ -1,6 +1,7 @@
 """How true the router's picture of one rank's cache is: the state of its event stream, and one number made of it."""
 
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -139,6 +140,20 @@ class PromptWatch:
         self._waiting.clear()
 
 
+class StreamPosition(NamedTuple):
+    """Where a stream stands, as far as it can be taken up again by another process of the router."""
+
+    next_seq: int  # number of the batch to be applied next, at least 1
+    content: int  # hash of the one before it: its copy proves that the publisher is still the same
+    known: int = 1  # batches that the picture is made of
+    partial: bool = False  # see `StreamStatus`
+    lost: int = 0  # batches given up: blocks may be indexed that the engine has removed since
+
+
+def _nowhere() -> None:
+    return None
+
+
 @dataclass(slots=True)
 class StreamStatus:
     """The state of one (worker, dp rank) event stream, kept true by its subscriber and read by everyone else."""
@@ -161,6 +176,8 @@ class StreamStatus:
     doubted: bool = False  # nothing has proved yet that it is still the same process
     unsettled_at: float | None = None  # monotonic seconds since when it is SYNCING; None while it is not
     last_event_at: float = 0.0  # monotonic seconds; 0 before the first
+    resume_at: StreamPosition | None = None  # where the picture stood that the rank was given; None: it begins cold
+    position: Callable[[], StreamPosition | None] = _nowhere  # where it stands now; None: it cannot be taken up again
     detail: str = ""  # one sentence for the operator when not LIVE
     prompts: PromptWatch = field(default_factory=PromptWatch)
 

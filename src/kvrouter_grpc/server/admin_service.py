@@ -1,18 +1,27 @@
 """The service KvRouterAdmin: validate, call, convert."""
 
-from collections.abc import Mapping
+from collections.abc import AsyncIterator, Mapping
+from contextlib import aclosing
 from typing import cast
 
 from kvrouter_grpc._gen import admin_pb2, admin_pb2_grpc
 from kvrouter_grpc.discovery.fleet import Fleet
+from kvrouter_grpc.errors import OverloadedError
 from kvrouter_grpc.routing.router import Router
 from kvrouter_grpc.server import duration
 from kvrouter_grpc.server.boundary import Context
 from kvrouter_grpc.server.endpoints import Endpoints
 from kvrouter_grpc.server.violations import Violations
 from kvrouter_grpc.server.worker_messages import index_stats, read_spec, worker_loads, worker_status
+from kvrouter_grpc.snapshots import source
 from kvrouter_grpc.types import WorkerSpec
 from kvrouter_grpc.upstream.relay import Relay
+
+MOST_SNAPSHOTS = 4
+"""Streamed at a time: each takes time from decisions."""
+
+CHUNK_BYTES = 1 << 20
+"""Of a snapshot in one message: below the 4 MiB that gRPC clients take unless they are told otherwise."""
 
 
 class AdminService(admin_pb2_grpc.KvRouterAdminServicer):
@@ -28,6 +37,7 @@ class AdminService(admin_pb2_grpc.KvRouterAdminServicer):
         self._endpoints = Endpoints(routers)
         self._fleet = fleet
         self._relay = relay
+        self._snapshots = 0  # under way
 
     async def ListWorkers(  # noqa: N802 - the names of the rpcs, here and below
         self, request: admin_pb2.ListWorkersRequest, _context: Context
@@ -86,6 +96,22 @@ class AdminService(admin_pb2_grpc.KvRouterAdminServicer):
             for reason, count in sorted(self._relay.prefills(router.endpoint).items()):
                 response.prefills.add(endpoint=router.endpoint, reason=reason, count=count)
         return response
+
+    async def StreamSnapshot(  # noqa: N802
+        self, request: admin_pb2.StreamSnapshotRequest, _context: Context
+    ) -> AsyncIterator[admin_pb2.StreamSnapshotResponse]:
+        """See the contract."""
+        router = self._endpoints.one(request.endpoint)
+        if self._snapshots == MOST_SNAPSHOTS:
+            raise OverloadedError(f"{MOST_SNAPSHOTS} snapshots are under way already; retry later")
+        self._snapshots += 1
+        try:
+            async with aclosing(source.pieces(router)) as pieces:
+                async for piece in pieces:
+                    for start in range(0, len(piece), CHUNK_BYTES):
+                        yield admin_pb2.StreamSnapshotResponse(data=piece[start : start + CHUNK_BYTES])
+        finally:
+            self._snapshots -= 1
 
 
 def _check_name(name: str) -> None:

@@ -65,6 +65,13 @@ class KvRouterAdminStub:
 
     Status codes: NOT_FOUND (unknown endpoint), INTERNAL.
     """
+    StreamSnapshot: _grpc.UnaryStreamMultiCallable[_admin_pb2.StreamSnapshotRequest, _admin_pb2.StreamSnapshotResponse]
+    """Streams what this router knows of the caches of one endpoint, for another router that starts: its index, and where
+    each event stream stands. A router started with `--router-snapshot-from` asks for it. Decisions go on meanwhile.
+
+    Status codes: INVALID_ARGUMENT, NOT_FOUND (unknown endpoint), RESOURCE_EXHAUSTED (too many are under way),
+    UNAVAILABLE (draining), INTERNAL.
+    """
 
 @_typing.type_check_only
 class KvRouterAdminAsyncStub(KvRouterAdminStub):
@@ -102,6 +109,13 @@ class KvRouterAdminAsyncStub(KvRouterAdminStub):
     """Says what work this router has booked on every target, and what the index costs.
 
     Status codes: NOT_FOUND (unknown endpoint), INTERNAL.
+    """
+    StreamSnapshot: _aio.UnaryStreamMultiCallable[_admin_pb2.StreamSnapshotRequest, _admin_pb2.StreamSnapshotResponse]  # type: ignore[assignment]
+    """Streams what this router knows of the caches of one endpoint, for another router that starts: its index, and where
+    each event stream stands. A router started with `--router-snapshot-from` asks for it. Decisions go on meanwhile.
+
+    Status codes: INVALID_ARGUMENT, NOT_FOUND (unknown endpoint), RESOURCE_EXHAUSTED (too many are under way),
+    UNAVAILABLE (draining), INTERNAL.
     """
 
 class KvRouterAdminServicer(metaclass=_abc_1.ABCMeta):
@@ -173,6 +187,19 @@ class KvRouterAdminServicer(metaclass=_abc_1.ABCMeta):
         """Says what work this router has booked on every target, and what the index costs.
 
         Status codes: NOT_FOUND (unknown endpoint), INTERNAL.
+        """
+
+    @_abc_1.abstractmethod
+    def StreamSnapshot(
+        self,
+        request: _admin_pb2.StreamSnapshotRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_admin_pb2.StreamSnapshotResponse], _abc.AsyncIterator[_admin_pb2.StreamSnapshotResponse]]:
+        """Streams what this router knows of the caches of one endpoint, for another router that starts: its index, and where
+        each event stream stands. A router started with `--router-snapshot-from` asks for it. Decisions go on meanwhile.
+
+        Status codes: INVALID_ARGUMENT, NOT_FOUND (unknown endpoint), RESOURCE_EXHAUSTED (too many are under way),
+        UNAVAILABLE (draining), INTERNAL.
         """
 
 def add_KvRouterAdminServicer_to_server(servicer: KvRouterAdminServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

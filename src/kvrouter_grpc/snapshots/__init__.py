@@ -1,0 +1,1 @@
+"""Warm starts: snapshots of the index on disk, and taken from another router."""
