@@ -31,8 +31,8 @@ class Curves:
         return [x for x, _ in points], [y for _, y in points]
 
 
-def main() -> None:
-    """Draw all."""
+def style() -> None:
+    """How all plots look."""
     # Equal figures give equal files: no time stamp, no random ids.
     mpl.rcParams.update(
         {
@@ -44,6 +44,11 @@ def main() -> None:
         }
     )
     mpl.rcParams.update({"grid.alpha": 0.3, "axes.spines.top": False, "axes.spines.right": False})
+
+
+def main() -> None:
+    """Draw all."""
+    style()
     IMAGES.mkdir(parents=True, exist_ok=True)
     curves = Curves(ROOT / "bench/results/curves.json")
     _length(curves)

@@ -68,6 +68,18 @@ class Cache:
         self.used += private
         return self._evict() if self.used > self.capacity else []
 
+    def keep(self, answer: Path) -> Path:
+        """Give the names of prompt blocks to private ones: what was generated is cached as what was asked.
+
+        Returns:
+            Those it was done for, to be released with the prompt, and as private blocks no longer.
+        """
+        kept = tuple(segment for segment in answer if segment not in self._held)
+        for segment in kept:
+            self._held[segment] = len(segment.ids)
+            self._users[segment] = 1
+        return kept
+
     def release(self, path: Path, private: int) -> None:
         """Let go of what `admit` took. Private blocks are free, those of the prompt stay until they are evicted."""
         self.used -= private

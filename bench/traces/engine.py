@@ -31,7 +31,7 @@ class EngineModel:
     read_s: float = 0.0
     context_doubles: float = math.inf
     cache_tokens: int = 320_000
-    batch_tokens: int = 2048
+    batch_tokens: int = 8192
     most_running: int = 256
 
     def prefill_s(self, context: int, tokens: int) -> float:
@@ -255,7 +255,11 @@ class Engine:
         self._release(job, now)
 
     def _release(self, job: Job, now: float) -> None:
-        self.cache.release(job.request.path, job.private_blocks)
+        request = job.request
+        kept = self.cache.keep(request.answer)
+        self.cache.release((*request.path, *kept), job.private_blocks - sum(map(len, kept)))
+        if kept:
+            self._publish([Span(segment, 0, len(segment.ids)) for segment in kept], [])
         self._ended(job, now)
 
 

@@ -15,12 +15,15 @@ def quantile(ordered: Sequence[float], share: float) -> float:
 
 
 def figures(run: Run) -> dict[str, float]:
-    """The measures of a run, by the names of the results file. Times are seconds, `itl_ms` milliseconds per token."""
+    """The measures of a run, by the names of the results file. Times are seconds.
+
+    `itl_ms` is the time per token behind the first, in milliseconds, as a mean over the requests of any length.
+    `hit` is the share of prompt blocks that were served from a cache, `busy` that of the engines' time with prefill.
+    """
     ttft = sorted(job.first_token - job.arrival for job in run.jobs)
     e2e = sorted(job.end - job.arrival for job in run.jobs)
     decoded = [job for job in run.jobs if job.request.output_tokens > 1]
     itl = sorted((job.end - job.first_token) / (job.request.output_tokens - 1) for job in decoded)
-    tokens = sum(job.request.output_tokens - 1 for job in decoded)
     blocks = sum(sum(map(len, job.request.path)) for job in run.jobs)
     prefilled = [engine.prefilled for engine in run.engines]
     return {
@@ -28,7 +31,7 @@ def figures(run: Run) -> dict[str, float]:
         "ttft_p50": quantile(ttft, 0.5),
         "ttft_p90": quantile(ttft, 0.9),
         "ttft_p99": quantile(ttft, 0.99),
-        "itl_ms": 1000 * sum(job.end - job.first_token for job in decoded) / tokens if tokens else math.nan,
+        "itl_ms": 1000 * statistics.fmean(itl) if itl else math.nan,
         "itl_p99_ms": 1000 * quantile(itl, 0.99),
         "e2e_mean": statistics.fmean(e2e),
         "e2e_p99": quantile(e2e, 0.99),

@@ -8,7 +8,7 @@ engine's cache need not look at single blocks. A prompt is a path of segments fr
 import random
 from array import array
 from bisect import bisect_left
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from bench.traces.rows import Row
@@ -47,6 +47,7 @@ class Request:
         path: The prompt's full blocks.
         session: Conversation, None for single requests.
         delay: Seconds between the end of the turn before and this request; None: it is sent at `arrival`.
+        answer: The full blocks that the answer adds, where the next turn's prompt goes on with it.
     """
 
     arrival: float
@@ -55,6 +56,7 @@ class Request:
     path: Path
     session: int | None = None
     delay: float | None = None
+    answer: Path = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +105,8 @@ class Trace:
                     replace(
                         request,
                         arrival=request.arrival + moved[session],
-                        path=_clone(request.path, clones, number * stride),
+                        path=tuple(_clone(segment, clones, number * stride) for segment in request.path),
+                        answer=tuple(_clone(segment, clones, number * stride) for segment in request.answer),
                         session=session,
                     )
                 )
@@ -111,15 +114,15 @@ class Trace:
         return replace(self, requests=tuple(requests))
 
 
-def _clone(path: Path, clones: dict[Segment, Segment], offset: int) -> Path:
-    parent: Segment | None = None
-    cloned = []
-    for segment in path:
-        if not segment.shared and segment not in clones:
-            clones[segment] = Segment(parent, array("I", [block + offset for block in segment.ids]))
-        parent = clones.get(segment, segment)
-        cloned.append(parent)
-    return tuple(cloned)
+def _clone(segment: Segment, clones: dict[Segment, Segment], offset: int) -> Segment:
+    """The copy of a segment, whose parent has its copy already; shared ones are their own."""
+    if segment.shared:
+        return segment
+    clone = clones.get(segment)
+    if clone is None:
+        parent = clones.get(segment.parent, segment.parent) if segment.parent else None
+        clone = clones[segment] = Segment(parent, array("I", [block + offset for block in segment.ids]))
+    return clone
 
 
 # --- building --------------------------------------------------------------------------------------------------------
@@ -127,7 +130,8 @@ def _clone(path: Path, clones: dict[Segment, Segment], offset: int) -> Path:
 
 def build(name: str, block_size: int, rows: Sequence[Row]) -> Trace:
     """A trace from rows in the order in which their blocks are numbered."""
-    cuts = _cuts(rows)
+    answers = list(_answers(rows, block_size))
+    cuts = _cuts(rows, [end for _, _, end in answers])
     ended: dict[int, Path] = {-1: ()}  # by block: the path that ends with it
     users: dict[int, int] = {}  # by last block of a prompt: its session, or `SEVERAL`
     requests = []
@@ -145,6 +149,8 @@ def build(name: str, block_size: int, rows: Sequence[Row]) -> Trace:
             users[last] = SEVERAL
         delay = None if row.delay_ms is None else row.delay_ms / 1000
         requests.append(Request(row.at_ms / 1000, max(1, row.prompt), max(1, row.output), path, row.session, delay))
+    for turn, after, end in answers:
+        requests[turn].answer = ended[end][len(ended[after]) :]
     _mark_shared(ended, users)
     requests.sort(key=lambda request: request.arrival)
     return Trace(name, block_size, tuple(requests))
@@ -153,9 +159,26 @@ def build(name: str, block_size: int, rows: Sequence[Row]) -> Trace:
 SEVERAL = 1 << 62
 
 
-def _cuts(rows: Sequence[Row]) -> list[int]:
-    """The blocks that end a segment: a prompt ends with them, or several blocks may follow."""
-    cuts, first = set[int](), 0
+def _answers(rows: Sequence[Row], block_size: int) -> Iterator[tuple[int, int, int]]:
+    """Turns whose answer begins what the next turn adds: the row, the last block of its prompt and of its answer."""
+    turns: dict[int, tuple[int, int]] = {}  # by session: its last row, and the last block of that
+    first = 0
+    for number, row in enumerate(rows):
+        last = first + row.new - 1 if row.new else row.after
+        if row.session is not None:
+            before, end = turns.get(row.session, (-1, -2))
+            if end == row.after >= 0:
+                prompt, output = rows[before].prompt, rows[before].output
+                grown = (prompt + output) // block_size - prompt // block_size
+                if min(grown, row.new) > 0:
+                    yield before, end, first + min(grown, row.new) - 1
+            turns[row.session] = number, last
+        first += row.new
+
+
+def _cuts(rows: Sequence[Row], more: Sequence[int]) -> list[int]:
+    """The blocks that end a segment: a prompt or an answer (`more`) ends with them, or several blocks may follow."""
+    cuts, first = set(more), 0
     for row in rows:
         first += row.new
         cuts.add(first - 1 if row.new else row.after)

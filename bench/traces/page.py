@@ -1,0 +1,150 @@
+"""Fills the tables of docs/routing.md from `bench/results/traces.json`; the words around them are written by hand.
+
+A table stands between `<!-- figures: NAME -->` and `<!-- end -->`; `TABLES` has the names.
+"""
+
+import json
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+
+from bench.harness import RESULTS
+from bench.page import markdown
+from bench.side import ROOT
+from bench.traces.policy import policies
+from bench.traces.scenario import Scenario
+from bench.traces.study import STUDIES
+
+PAGE = ROOT / "docs/routing.md"
+Values = Mapping[str, float]
+
+
+def main() -> None:
+    """Write the tables."""
+    values = json.loads((RESULTS / "traces.json").read_text())
+    PAGE.write_text(filled(PAGE.read_text(), values))
+    print(f"wrote {PAGE.relative_to(ROOT)}")
+
+
+def filled(page: str, values: Values) -> str:
+    """The page with its tables made anew.
+
+    Raises:
+        KeyError: The page asks for a table that there is not.
+    """
+
+    def table(found: re.Match[str]) -> str:
+        return f"<!-- figures: {found[1]} -->\n\n{markdown(TABLES[found[1]](values))}\n\n<!-- end -->"
+
+    return re.sub(r"<!-- figures: ([\w-]+) -->.*?<!-- end -->", table, page, flags=re.DOTALL)
+
+
+def by_policy(study: str, measure: str, values: Values) -> list[list[str]]:
+    """A row per policy, a column per scenario; the best of those that can be had is bold."""
+    cases = STUDIES[study].scenarios
+    rows = [["", *map(_title, cases)]]
+    columns = {
+        case: {name: values.get(f"traces.{case.name}.{name}.{measure}") for name in _names(study)} for case in cases
+    }
+    best = {case: _best(columns[case], measure) for case in cases}
+    for name in _names(study):
+        if any(columns[case][name] is not None for case in cases):
+            cells = [_cell(columns[case][name], measure, name != "oracle", best[case]) for case in cases]
+            rows.append([name, *cells])
+    if measure == "hit":
+        cells = [_cell(values.get(f"traces.{case.name}.pooled.hit"), measure, False, None) for case in cases]
+        rows.append(["one pooled cache", *cells])
+    return rows
+
+
+def by_scenario(study: str, measure: str, values: Values) -> list[list[str]]:
+    """A row per scenario, a column per policy."""
+    names = [name for name in _names(study) if any(name in key for key in values)]
+    rows = [["", *names]]
+    for case in STUDIES[study].scenarios:
+        cells = [values.get(f"traces.{case.name}.{name}.{measure}") for name in names]
+        best = _best(dict(zip(names, cells, strict=True)), measure)
+        rows.append(
+            [_title(case), *(_cell(cell, measure, n != "oracle", best) for n, cell in zip(names, cells, strict=True))]
+        )
+    return rows
+
+
+GROUPS = {"L": ("conversation", "synthetic", "agents"), "S": ("conversation", "synthetic", "agents")}
+
+
+def relative(values: Values) -> list[list[str]]:
+    """Geometric means of the main study's scenarios, relative to the cost `dynamo`."""
+    measures = {"ttft_mean": "mean TTFT", "ttft_p99": "p99 TTFT", "itl_ms": "ITL", "e2e_mean": "E2E"}
+    rows = [["", *(f"{title}, {group}" for group in GROUPS for title in measures.values())]]
+    for name in _names("main"):
+        cells = []
+        for group in GROUPS:
+            cases = [case.name for case in STUDIES["main"].scenarios if case.cache == group]
+            for measure in measures:
+                pairs = [
+                    (values.get(f"traces.{case}.{name}.{measure}"), values.get(f"traces.{case}.dynamo.{measure}"))
+                    for case in cases
+                ]
+                ratios = [ours / theirs for ours, theirs in pairs if ours and theirs]
+                cells.append(f"{_geometric(ratios):.2f}" if len(ratios) == len(pairs) else "-")
+        if set(cells) != {"-"}:
+            rows.append([name, *cells])
+    return rows
+
+
+def _geometric(values: Sequence[float]) -> float:
+    return math.exp(sum(map(math.log, values)) / len(values)) if values else math.nan
+
+
+def _names(study: str) -> list[str]:
+    return [
+        policy.name for policy in policies() if not STUDIES[study].policies or policy.name in STUDIES[study].policies
+    ]
+
+
+def _best(cells: Mapping[str, float | None], measure: str) -> float | None:
+    known = [value for name, value in cells.items() if value is not None and name != "oracle"]
+    if not known:
+        return None
+    return max(known) if measure == "hit" else min(known)
+
+
+def _cell(value: float | None, measure: str, may_win: bool, best: float | None) -> str:
+    if value is None:
+        return "-"
+    text = f"{value:.0%}" if measure == "hit" else f"{value:.3g}" if value < 100 else f"{value:.0f}"
+    return f"**{text}**" if may_win and value == best else text
+
+
+def _title(case: Scenario) -> str:
+    parts = [case.load, f"{case.cache} cache" if case.cache != "L" else ""]
+    parts += [f"{case.workers} engines" if case.workers != 8 else ""]
+    if case.load == "agents":
+        parts += [f"{round(0.75 * case.workers * case.level)} copies"]
+    elif case.level != 1:
+        parts += [f"load {case.level:g}"]
+    parts += [{"speed": "unequal speed", "cache": "unequal caches"}.get(case.mix, "")]
+    parts += [f"{case.replicas} routers" if case.replicas != 1 else ""]
+    parts += [f"events {case.event_delay_s * 1000:g} ms late" if case.event_delay_s != 0.05 else ""]
+    return ", ".join(part for part in parts if part)
+
+
+TABLES: dict[str, Callable[[Values], list[list[str]]]] = {
+    "relative": relative,
+    **{
+        f"main-{measure}": partial(by_policy, "main", measure)
+        for measure in ("ttft_mean", "ttft_p99", "itl_ms", "hit", "imbalance")
+    },
+    **{f"own-{measure}": partial(by_policy, "own", measure) for measure in ("ttft_mean", "ttft_p99", "e2e_mean")},
+    **{
+        f"{study}-{measure}": partial(by_scenario, study, measure)
+        for study in ("size", "load", "roof", "replicas", "delay")
+        for measure in ("ttft_mean", "ttft_p99")
+    },
+}
+
+
+if __name__ == "__main__":
+    main()
