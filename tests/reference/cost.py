@@ -35,6 +35,10 @@ class Ask:
     prompt_tokens: int
     block_size: int  # at least 1
     expected_output_tokens: int = 0
+    regret: float = 0.0  # what requests have waited for the same prefix, in tokens; see `reference/regret.py`
+
+
+MEMORY_WAIT = 10
 
 
 class Cost(NamedTuple):
@@ -70,6 +74,11 @@ def held_blocks(row: Row, ask: Ask, weights: Weights) -> float:
     return min(max(row.freshness * weighted(row.overlap, weights), row.in_flight_blocks), usable)
 
 
+def new_work(row: Row, ask: Ask, weights: Weights) -> float:
+    """Tokens of the prompt that must be computed there, as far as the index is to be trusted."""
+    return ask.prompt_tokens - held_blocks(row, ask, weights) * ask.block_size
+
+
 def new_tokens(row: Row, ask: Ask, weights: Weights, *, own: bool) -> int:
     """What is booked as prefill load; trust in the overlap plays no part."""
     held = weighted(row.overlap, weights)
@@ -84,23 +93,28 @@ def preferred(terms: Sequence[float], row: Row) -> tuple[float, ...]:
 
 
 def _prefill_first(rows: Sequence[Row], ask: Ask, weights: Weights) -> list[tuple[float, ...]]:
-    """`queued + (1 + k) * new + shortage`, in tokens.
+    """`queued + new + replication + requests + shortage`, in tokens.
 
-    `queued` is the private wait before this prompt is computed; `new` is what must be computed for it, which delays
-    everyone after it and evicts other prefixes, hence its own weight; `shortage` is by how much the pinned blocks and
-    this request exceed the cache. On public conversation and agent traces k = 2 halves the mean time to first token of
-    the `dynamo` cost at weight 1 and is within noise of a greedy oracle; the optimum is flat from 1 to 3.
+    `queued` is the private wait before this prompt is computed, `new` what must be computed for it. `replication` is k
+    times what of that another row would not have to compute, since it delays everyone after it and evicts other
+    prefixes, less the regret of the prefix. `requests` is a share of the steps and the memory for each one there,
+    `shortage` by how much the pinned blocks and this request exceed the cache, weighted since memory comes free when
+    whole requests end. `docs/routing.md` has the figures.
     """
     scored: list[tuple[float, ...]] = []
     request_blocks = -(-(ask.prompt_tokens + ask.expected_output_tokens) // ask.block_size)
+    least = min(new_work(row, ask, weights) for row in rows)
     for row in rows:
-        new = ask.prompt_tokens - held_blocks(row, ask, weights) * ask.block_size
+        new = new_work(row, ask, weights)
+        copied = weights.new_work_weight * (new - least) - ask.regret
+        replication = 0.0 if copied < 0 else copied
+        requests = weights.request_weight * row.active_requests
         shortage = 0.0
         if row.total_blocks and weights.track_active_blocks:
             needed = row.active_blocks + request_blocks - row.in_flight_blocks
-            shortage = float(max(0, needed - row.total_blocks) * ask.block_size)
+            shortage = float(MEMORY_WAIT * max(0, needed - row.total_blocks) * ask.block_size)
         queued = float(row.queued_prefill_tokens) if weights.track_prefill_tokens else 0.0
-        scored.append((queued, (1 + weights.new_work_weight) * new, shortage))
+        scored.append((queued, new, replication, requests, shortage))
     return scored
 
 
@@ -161,7 +175,7 @@ def _lmetric(rows: Sequence[Row], ask: Ask, weights: Weights) -> list[tuple[floa
     """`prefill * (1 + requests)`, in tokens, as the sum of the prefill and of one more for each request in flight."""
     scored: list[tuple[float, ...]] = []
     for row in rows:
-        prefill = ask.prompt_tokens - held_blocks(row, ask, weights) * ask.block_size
+        prefill = new_work(row, ask, weights)
         if weights.track_prefill_tokens:
             prefill += row.queued_prefill_tokens
         scored.append((prefill, prefill * row.active_requests))
@@ -169,7 +183,11 @@ def _lmetric(rows: Sequence[Row], ask: Ask, weights: Weights) -> list[tuple[floa
 
 
 COSTS = {
-    "default": Cost(("queued_prefill", "new_prefill", "memory_shortage"), _prefill_first, own=True),
+    "default": Cost(
+        ("queued_prefill", "new_prefill", "replication", "active_requests", "memory_shortage"),
+        _prefill_first,
+        own=True,
+    ),
     "dynamo": Cost(("prefill", "decode", "active_requests"), _dynamo, own=False),
     "dynamo-example": Cost(("uncached", "kv_usage", "waiting"), _dynamo_example, own=False),
     "lmetric": Cost(("prefill", "batch"), _lmetric, own=True),

@@ -4,6 +4,7 @@
 """
 
 import math
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -34,29 +35,46 @@ ASK = Ask(prompt_tokens=100, block_size=16)
 @pytest.mark.parametrize(
     ("given_row", "weights", "expected"),
     [
-        (row(), {}, (0, 300, 0)),  # nothing cached: (1 + 2) * 100
-        (row(4), {}, (0, 3 * (100 - 64), 0)),
-        (row(4, queued=50), {}, (50, 108, 0)),
-        (row(4, in_flight=5), {}, (0, 3 * (100 - 80), 0)),  # a request in flight pins more than is cached yet
-        (row(4, fresh=0.5), {}, (0, 3 * (100 - 32), 0)),  # half the trust, half the overlap
-        (row(4, in_flight=4, fresh=0.0), {}, (0, 108, 0)),  # what this router sent is known without events
-        (row(4), {"new_work_weight": 0.0}, (0, 36, 0)),
-        (row(2, 2, 2), {}, (0, 3 * (100 - 64), 0)),  # two blocks, and two each worth 0.75 and 0.25
-        (row(2, 2, 2), {"host_cache_hit_weight": 1.0, "disk_cache_hit_weight": 1.0}, (0, 3 * (100 - 96), 0)),
-        (row(active=90, total=100), {}, (0, 300, 0)),  # 90 + 7 of 100 blocks
-        (row(active=98, total=100), {}, (0, 300, 5 * 16)),  # 98 + 7: five blocks short
-        (row(active=98, total=100, in_flight=5), {}, (0, 60, 0)),  # five of the seven are pinned already
-        (row(active=98, total=100), {"track_active_blocks": False}, (0, 300, 0)),
-        (row(queued=50), {"track_prefill_tokens": False}, (0, 300, 0)),
+        (row(), {}, (0, 100, 300, 0, 0)),  # nothing cached: 100, and 3 * 100 that the other row would not compute
+        (row(4), {}, (0, 36, 108, 0, 0)),
+        (row(4, queued=50), {}, (50, 36, 108, 0, 0)),
+        (row(4, in_flight=5), {}, (0, 20, 60, 0, 0)),  # a request in flight pins more than is cached yet
+        (row(4, fresh=0.5), {}, (0, 68, 204, 0, 0)),  # half the trust, half the overlap
+        (row(4, in_flight=4, fresh=0.0), {}, (0, 36, 108, 0, 0)),  # what this router sent is known without events
+        (row(4), {"new_work_weight": 0.0}, (0, 36, 0, 0, 0)),
+        (row(2, 2, 2), {}, (0, 36, 108, 0, 0)),  # two blocks, and two each worth 0.75 and 0.25
+        (row(2, 2, 2), {"host_cache_hit_weight": 1.0, "disk_cache_hit_weight": 1.0}, (0, 4, 12, 0, 0)),
+        (row(4, requests=3), {}, (0, 36, 108, 300, 0)),
+        (row(4, requests=3), {"request_weight": 5.0}, (0, 36, 108, 15, 0)),
+        (row(active=90, total=100), {}, (0, 100, 300, 0, 0)),  # 90 + 7 of 100 blocks
+        (row(active=98, total=100), {}, (0, 100, 300, 0, 10 * 5 * 16)),  # 98 + 7: five blocks short
+        (row(active=98, total=100, in_flight=5), {}, (0, 20, 60, 0, 0)),  # five of the seven are pinned already
+        (row(active=98, total=100), {"track_active_blocks": False}, (0, 100, 300, 0, 0)),
+        (row(queued=50), {"track_prefill_tokens": False}, (0, 100, 300, 0, 0)),
     ],
 )
 def test_default_cost_by_hand(given_row, weights, expected):
-    assert score("default", [given_row], ASK, **weights) == [pytest.approx(expected)]
+    everything = row(in_flight=6)  # all that a cache can save: four tokens are left
+    [terms, other] = score("default", [given_row, everything], ASK, **weights)
+    assert other[1:3] == (4, 0)
+    least = 4 * weights.get("new_work_weight", 3.0)
+    assert terms == pytest.approx((*expected[:2], max(0, expected[2] - least), *expected[3:]))
+
+
+def test_default_cost_of_the_row_that_has_most_has_no_replication():
+    rows = [row(4), row(2), row()]
+    assert [terms[2] for terms in score("default", rows, ASK)] == [0, 96, 192]
+
+
+@pytest.mark.parametrize(("regret", "expected"), [(0, [0, 96, 192]), (100, [0, 0, 92]), (1000, [0, 0, 0])])
+def test_regret_pays_for_replication(regret, expected):
+    rows = [row(4), row(2), row()]
+    assert [terms[2] for terms in score("default", rows, replace(ASK, regret=regret))] == expected
 
 
 def test_default_cost_counts_expected_output_as_memory():
     ask = Ask(prompt_tokens=100, block_size=16, expected_output_tokens=60)  # ten blocks in all
-    assert score("default", [row(active=95, total=100)], ask)[0][2] == 5 * 16
+    assert score("default", [row(active=95, total=100)], ask)[0][4] == 10 * 5 * 16
 
 
 @pytest.mark.parametrize(

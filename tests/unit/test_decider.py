@@ -13,7 +13,7 @@ from kvrouter_grpc.core import Decider, Policy, RadixTree, TargetTable, hash_seq
 from kvrouter_grpc.routing.cost import Weights
 from kvrouter_grpc.routing.mode import Knobs
 from kvrouter_grpc.types import Overlap
-from reference import pick
+from reference import pick, regret
 from reference.cost import COSTS, Ask, Row, cached_tokens, new_tokens, preferred
 from reference.mode import MODES, Scene, Seat, fewest_requests_break_ties
 
@@ -115,6 +115,7 @@ class Field:
         explain=False,
         preferences=True,
         session=None,
+        learn=False,
         **policy,
     ):
         return self.decider.decide(
@@ -128,6 +129,7 @@ class Field:
             self.turn,
             explain,
             session,
+            learn,
         )
 
 
@@ -157,6 +159,7 @@ KNOB = st.sampled_from([0.0, 1.0]) | st.floats(0, 1e6)
 WEIGHTS = st.builds(
     Weights,
     new_work_weight=KNOB,
+    request_weight=KNOB,
     overlap_score_credit=KNOB,
     overlap_score_credit_decay=KNOB,
     prefill_load_scale=KNOB,
@@ -225,6 +228,35 @@ def test_terms_overlaps_and_choice_are_those_of_the_reference(
         assert (choice.cost, choice.terms) == (seen.cost, seen.terms)
 
 
+@settings(max_examples=150, deadline=None)
+@given(st.lists(MADE, min_size=1, max_size=5), st.integers(0, 50), WEIGHTS, st.lists(st.booleans(), max_size=8))
+def test_regret_is_that_of_the_reference(made, length, weights, learning):
+    field = Field(made, range(7, 7 + length))
+    rows, regrets = field.expected_rows(), regret.Regrets()
+    depth = regret.deepest(rows, Ask(length, SIZE))
+    for learn in learning:
+        ask = Ask(length, SIZE, regret=regrets.of(field.seqs[depth - 1]) if depth else 0.0)
+        choice = field.decide(weights, explain=True, learn=learn)
+        for seen, row, expected in zip(
+            choice.candidates, rows, COSTS["default"].score(rows, ask, weights), strict=True
+        ):
+            assert seen.terms == pytest.approx(preferred(expected, row), rel=1e-9, abs=1e-6)
+        if learn and depth:
+            regrets.set(field.seqs[depth - 1], regret.after(rows, ask, weights, field.rows.index(choice.row)))
+
+
+def test_a_prefix_that_many_wait_for_gets_another_holder_and_a_private_one_does_not():
+    # Row 0 has the prefix of 8 tokens and more work than computing it would be; row 1 is idle.
+    field = Field([Made(tiers=(2, 0, 0, 0), queued=19), Made()], range(12))
+    weights = Weights(new_work_weight=3.0, request_weight=0.0)
+    # 19 + 4 against 12 + 3 * 8: each that stays regrets 11, and the third finds 22 of the 24 paid.
+    assert [field.decide(weights, learn=True).row for _ in range(9)] == [0, 0, 1, 0, 0, 1, 0, 0, 1]
+    assert {field.decide(weights).row for _ in range(9)} == {0}  # asking alone teaches nothing
+    assert [field.decide(weights, learn=True).row for _ in range(2)] == [0, 0]
+    field.tokens = array("I", [*range(8), 99, 98, 97, 96])  # another question behind the same prefix
+    assert field.decide(weights).row == 1
+
+
 @pytest.mark.parametrize("targets", [1, 2, 64, 1024])
 @pytest.mark.parametrize("cost", sorted(COSTS))
 def test_many_targets(targets, cost):
@@ -250,9 +282,10 @@ def test_many_targets(targets, cost):
 
 def test_ties_go_to_the_fewest_requests_then_evenly():
     field = Field([Made(requests=2), Made(requests=1), Made(queued=1), Made(requests=2)], [1])
-    assert {field.decide().row for _ in range(50)} == {1}
+    weights = Weights(request_weight=0.0)
+    assert {field.decide(weights).row for _ in range(50)} == {1}
     field = Field([Made(requests=3), Made(requests=3), Made(queued=1), Made(requests=3)], [1])
-    even = Counter(field.decide().row for _ in range(9000))
+    even = Counter(field.decide(weights).row for _ in range(9000))
     assert set(even) == {0, 1, 3}
     assert all(abs(count - 3000) < 300 for count in even.values())  # six standard deviations
 
@@ -374,7 +407,7 @@ def test_without_an_index_load_alone_decides():
         array("I", range(100)), SEED, None, Policy(Weights(), Knobs()), rows, None, 0, 0, True
     )
     assert (choice.row, choice.blocks, choice.tiers, choice.cached_tokens) == (1, 0, (0, 0, 0, 0), 0)
-    assert [seen.terms for seen in choice.candidates] == [(5, 300, 0), (0, 300, 0)]
+    assert [seen.terms for seen in choice.candidates] == [(5, 100, 0, 100, 0), (0, 100, 0, 0, 0)]
 
 
 def test_multimodal_content_and_seed_are_part_of_the_prompt():

@@ -92,8 +92,14 @@ def test_the_longest_prefix_wins_and_the_reply_says_what_it_is():
     assert (decision.overlap.device, decision.prompt_blocks, decision.expected_cached_tokens) == (3, 4, 48)
     assert [candidate.worker_name for candidate in decision.candidates] == ["b", "a"]
     best = decision.candidates[0]
-    assert best.terms == {"queued_prefill": 0, "new_prefill": 3 * 16, "memory_shortage": 0}
-    assert best.cost == decision.cost == 48
+    assert best.terms == {
+        "queued_prefill": 0,
+        "new_prefill": 16,
+        "replication": 0,
+        "active_requests": 0,
+        "memory_shortage": 0,
+    }
+    assert best.cost == decision.cost == 16
 
 
 def test_deciding_changes_nothing_and_leasing_books():
@@ -269,9 +275,9 @@ def test_a_picture_counts_as_far_as_it_is_to_be_trusted_and_a_cold_one_not_at_al
     follow(router, a.targets[0], StreamState.STALE, known=32, lost=2)
     decision = router.best_worker(prompt(), FREE, explain=True)
     assert decision.freshness == 0.5
-    assert decision.candidates[0].terms["new_prefill"] == 3 * (64 - 16 * 2)
+    assert decision.candidates[0].terms["new_prefill"] == 64 - 16 * 2
     follow(router, a.targets[0], StreamState.COLD)
-    assert router.best_worker(prompt(), FREE).cost == 3 * 64
+    assert router.best_worker(prompt(), FREE).cost == 64
 
 
 def test_untracked_load_is_not_booked():

@@ -57,17 +57,25 @@ class RouterConfig(PendingRouterConfig):
     )
     cost: Literal["default", "dynamo", "dynamo-example", "lmetric"] = setting(
         "default",
-        "Formula of mode kv. default counts tokens: queued prefill, new work (see new-work-weight) and lack "
-        "of KV memory. dynamo counts blocks, with the credits and weights below. dynamo-example adds up shares: of the "
-        "prompt, of KV memory and of waiting requests. lmetric multiplies prefill tokens by requests.",
+        "Formula of mode kv. default counts tokens: queued prefill, new work (see new-work-weight), requests in "
+        "flight and lack of KV memory. dynamo counts blocks, with the credits and weights below. dynamo-example adds "
+        "up shares: of the prompt, of KV memory and of waiting requests. lmetric multiplies prefill tokens by "
+        "requests.",
         names=OWN,
     )
     new_work_weight: float = setting(
-        2.0,
-        "Cost default: how much a token that this request must prefill weighs above one already queued. "
-        "Higher follows the cache, lower the load.",
+        3.0,
+        "Cost default: how much a token that must be prefilled, and need not be elsewhere, weighs above one already "
+        "queued. Higher follows the cache, lower the load.",
         ge=0,
         le=1000,
+        names=OWN,
+    )
+    request_weight: float = setting(
+        100.0,
+        "Cost default: prompt tokens that a request in flight counts for, since it shares a worker's steps.",
+        ge=0,
+        le=1_000_000,
         names=OWN,
     )
     temperature: float = setting(

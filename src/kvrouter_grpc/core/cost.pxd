@@ -19,12 +19,15 @@ cdef enum Formula:
 
 
 cdef enum:
-    MOST_TERMS = 3  # of any formula; those that it does not have are 0
+    MOST_TERMS = 5  # of any formula; those that it does not have are 0
+    MEMORY_WAIT = 10  # prompt tokens that one token of missing memory costs: it comes free when whole requests end
+    REPLICATION = 2  # the term of `PREFILL_FIRST` that is only paid for the sake of others
 
 
 cdef struct Weights:
     Formula formula
     double new_work_weight
+    double request_weight
     double overlap_score_credit
     double overlap_score_credit_decay
     double prefill_load_scale
@@ -46,6 +49,8 @@ cdef struct Ask:
     int64_t request_blocks  # prompt and expected output
     int64_t shortest_queue  # of all targets asked, in tokens; only where a formula asks for it, as the next
     uint32_t most_waiting  # requests without a first token, of all targets asked
+    double least_new  # tokens to compute, of the target asked that lacks the fewest
+    double regret  # tokens that requests have waited for the same prefix rather than have it computed once more
 
 
 # What one target has of the prompt.
@@ -68,6 +73,8 @@ cdef inline void ask_init(Ask* ask, int64_t tokens, int64_t output_tokens, int64
     ask.request_blocks = (tokens + output_tokens + block_size - 1) // block_size
     ask.shortest_queue = 0
     ask.most_waiting = 0
+    ask.least_new = 0
+    ask.regret = 0
 
 
 cdef inline bint is_own(Formula formula) noexcept nogil:
@@ -104,6 +111,13 @@ cdef inline double held_blocks(
     return min(max(held, <double>overlap.in_flight), <double>ask.usable_blocks)
 
 
+cdef inline double new_work(
+    const Target* target, const Overlap* overlap, const Ask* ask, const Weights* weights
+) noexcept nogil:
+    """Tokens of the prompt that must be computed there, as far as the index is to be trusted."""
+    return <double>ask.tokens - held_blocks(overlap, target.freshness, ask, weights) * <double>ask.block_size
+
+
 cdef inline int64_t new_tokens(const Overlap* overlap, const Ask* ask, const Weights* weights) noexcept nogil:
     """Tokens of the prompt that must be computed: what is booked as prefill load."""
     cdef double held
@@ -127,6 +141,8 @@ cdef inline void cost_terms(
     `preference`: sum of the request's preferences for the target's taints. It scales all terms, by e at the most.
     """
     cdef double factor
+    cdef uint32_t i
+    terms[3] = terms[4] = 0.0
     if weights.formula == PREFILL_FIRST:
         _prefill_first(target, overlap, ask, weights, terms)
     elif weights.formula == DYNAMO:
@@ -137,26 +153,28 @@ cdef inline void cost_terms(
         _lmetric(target, overlap, ask, weights, terms)
     if preference != 0:
         factor = exp(-tanh(preference))
-        terms[0] *= factor
-        terms[1] *= factor
-        terms[2] *= factor
+        for i in range(<uint32_t>MOST_TERMS):
+            terms[i] *= factor
 
 
 cdef inline void _prefill_first(
     const Target* target, const Overlap* overlap, const Ask* ask, const Weights* weights, double* terms
 ) noexcept nogil:
-    # queued + (1 + k) * new + shortage, in tokens: the private wait before this prompt is computed; what must be
-    # computed for it, which delays everyone after it and evicts other prefixes, hence its own weight; and by how
-    # much the pinned blocks and this request exceed the cache.
-    cdef double held = held_blocks(overlap, target.freshness, ask, weights)
+    # queued + new + replication + requests + shortage, in tokens: the private wait before this prompt is computed; what
+    # must be computed for it; k times what of that another target would not have to compute, since it delays everyone
+    # after it and evicts other prefixes, less the regret of its prefix, see regret.pxd; a share of the steps and the
+    # memory for each request there; and by how much the pinned blocks and this request exceed the cache, times MEMORY_WAIT.
+    cdef double work = new_work(target, overlap, ask, weights)
+    cdef double copied = weights.new_work_weight * (work - ask.least_new) - ask.regret
     cdef int64_t missing
     terms[0] = <double>target.queued_prefill_tokens if weights.track_prefill_tokens else 0.0
-    terms[1] = (1 + weights.new_work_weight) * (<double>ask.tokens - held * <double>ask.block_size)
-    terms[2] = 0.0
+    terms[1] = work
+    terms[REPLICATION] = 0.0 if copied < 0 else copied
+    terms[3] = weights.request_weight * target.active_requests
     if target.total_blocks != 0 and weights.track_active_blocks:
         missing = active_blocks(target) + ask.request_blocks - overlap.in_flight - target.total_blocks
         if missing > 0:
-            terms[2] = <double>missing * <double>ask.block_size
+            terms[4] = MEMORY_WAIT * <double>missing * <double>ask.block_size
 
 
 cdef inline void _dynamo(
@@ -213,8 +231,7 @@ cdef inline void _lmetric(
 ) noexcept nogil:
     # prefill * (1 + requests), in tokens: what must be computed there before this prompt is, times the batch that it
     # joins. As a sum: the prefill, and once more for each request in flight.
-    cdef double held = held_blocks(overlap, target.freshness, ask, weights)
-    cdef double prefill = <double>ask.tokens - held * <double>ask.block_size
+    cdef double prefill = new_work(target, overlap, ask, weights)
     if weights.track_prefill_tokens:
         prefill += <double>target.queued_prefill_tokens
     terms[0] = prefill

@@ -55,8 +55,11 @@ class Decider:
         turn: int,
         explain: bool,
         session: int | None = None,
+        learn: bool = False,
     ) -> Choice:
-        """Choose the row that should have a prompt. Changes nothing but the random generator and the average.
+        """Choose the row that should have a prompt.
+
+        Changes nothing but the random generator, the average and, with `learn`, the regret.
 
         Args:
             tokens: The prompt's token ids, u32.
@@ -69,6 +72,8 @@ class Decider:
             turn: Of mode round-robin; `turn % len(rows)` is taken.
             explain: Fill `terms` and `candidates`.
             session: Hash of the session that the request belongs to, a u64; None without one.
+            learn: The request will be sent there: count what staying with its prefix costs it (cost `default`, see
+                `regret.pxd`).
 
         Raises:
             ValueError: A buffer of another type, no rows, or a prompt of more than 2**20 blocks.

@@ -14,16 +14,18 @@ from array import array
 cimport cython
 from cpython cimport array as c_array
 from cpython.buffer cimport PyBUF_SIMPLE, PyBuffer_Release, PyObject_GetBuffer
+from libc.math cimport INFINITY
 from libc.stdint cimport int64_t, uint32_t, uint64_t
-from libc.stdlib cimport free, realloc
+from libc.stdlib cimport calloc, free, realloc
 from libc.string cimport memcpy
 
 from kvrouter_grpc.core.block_hash cimport as_u64, chain_hashes, local_hashes, rehash_multimodal, sequence_run
 from kvrouter_grpc.core.cost cimport MOST_TERMS, Ask, Overlap, ask_init, cached_tokens, new_tokens
-from kvrouter_grpc.core.mode cimport Caller, mode_scores
+from kvrouter_grpc.core.mode cimport LOWEST_COST, Caller, mode_scores
 from kvrouter_grpc.core.pick cimport Dice, pick_lowest, pick_softmax
 from kvrouter_grpc.core.policy cimport Policy
-from kvrouter_grpc.core.question cimport Question, question_compare, question_cost, question_target
+from kvrouter_grpc.core.question cimport Question, question_compare, question_cost, question_loss, question_target
+from kvrouter_grpc.core.regret cimport PREFIXES, Regret, regret_of, regret_set
 from kvrouter_grpc.core.target_table cimport TargetTable
 from kvrouter_grpc.core.walk cimport Step, tree_match, tree_path
 
@@ -69,9 +71,13 @@ cdef class Decider:
     cdef size_t steps_capacity
     cdef double* scores  # of the rows that are asked
     cdef size_t scores_capacity
+    cdef Regret* regrets  # by prefix
 
     def __cinit__(self, TargetTable table not None, seed=None):
         self.table = table
+        self.regrets = <Regret*>calloc(PREFIXES, sizeof(Regret))
+        if self.regrets == NULL:
+            raise MemoryError
         self.dice.state = int.from_bytes(os.urandom(8), "little") if seed is None else as_u64("seed", seed)
 
     def __dealloc__(self):
@@ -80,6 +86,7 @@ cdef class Decider:
         free(self.in_flight)
         free(self.steps)
         free(self.scores)
+        free(self.regrets)
 
     def decide(
         self,
@@ -93,6 +100,7 @@ cdef class Decider:
         uint64_t turn,
         bint explain,
         session=None,
+        bint learn=False,
     ):
         """The row that should have the prompt."""
         cdef Question question
@@ -119,10 +127,14 @@ cdef class Decider:
         self._read(tokens, seed, mm_hashes, output_tokens, &question.ask)
         self._match(&question)
         question_compare(&question)
+        if question.deepest:
+            question.ask.regret = regret_of(self.regrets, self.seqs[question.deepest - 1])
         chosen = self._pick(&question, &caller, policy)
         choice = self._choice(&question, chosen, policy, explain)
         if explain:
             choice.candidates = [self._choice(&question, i, policy, True) for i in range(question.count)]
+        if learn and question.deepest and policy.mode == LOWEST_COST:
+            self._learn(&question, chosen)
         self.usual_new_tokens += (<double>choice.new_tokens - self.usual_new_tokens) / USUAL
         return choice
 
@@ -194,6 +206,15 @@ cdef class Decider:
         if policy.temperature > 0:
             return pick_softmax(self.scores, question.count, policy.temperature, &self.dice)
         return pick_lowest(self.scores, question.count, rows, question.targets, &self.dice)
+
+    cdef void _learn(self, const Question* question, uint32_t chosen) noexcept:
+        # A prefix that is computed anew has another holder: what was regretted is made good.
+        cdef double loss = question_loss(question, chosen)
+        regret_set(
+            self.regrets,
+            self.seqs[question.deepest - 1],
+            question.ask.regret + loss if 0 <= loss < INFINITY else 0.0,
+        )
 
     cdef Choice _choice(self, const Question* question, uint32_t i, Policy policy, bint with_terms):
         cdef Choice choice = Choice.__new__(Choice)

@@ -26,7 +26,7 @@ cdef dict FORMULAS = {
 
 COSTS = MappingProxyType(
     {
-        "default": ("queued_prefill", "new_prefill", "memory_shortage"),
+        "default": ("queued_prefill", "new_prefill", "replication", "active_requests", "memory_shortage"),
         "dynamo": ("prefill", "decode", "active_requests"),
         "dynamo-example": ("uncached", "kv_usage", "waiting"),
         "lmetric": ("prefill", "batch"),
@@ -56,6 +56,7 @@ cdef class Policy:
             raise ValueError(f"cost must be one of {', '.join(FORMULAS)} and mode one of {', '.join(MODES)}")
         self.weights.formula = FORMULAS[cost]
         self.weights.new_work_weight = weights.new_work_weight
+        self.weights.request_weight = weights.request_weight
         self.weights.overlap_score_credit = weights.overlap_score_credit
         self.weights.overlap_score_credit_decay = weights.overlap_score_credit_decay
         self.weights.prefill_load_scale = weights.prefill_load_scale

@@ -3,7 +3,19 @@
 from libc.math cimport INFINITY, isnan
 from libc.stdint cimport INT64_MAX, int64_t, uint32_t
 
-from kvrouter_grpc.core.cost cimport DYNAMO, DYNAMO_EXAMPLE, MOST_TERMS, Ask, Overlap, Weights, cost_terms
+from kvrouter_grpc.core.cost cimport (
+    DYNAMO,
+    DYNAMO_EXAMPLE,
+    MOST_TERMS,
+    PREFILL_FIRST,
+    REPLICATION,
+    Ask,
+    Overlap,
+    Weights,
+    cost_terms,
+    new_work,
+    overlap_total,
+)
 from kvrouter_grpc.core.target cimport TIERS, Target
 from kvrouter_grpc.core.walk cimport Step, path_extend
 
@@ -20,6 +32,7 @@ cdef struct Question:
     const uint32_t* held  # blocks of the prompt, by slot of the index
     const Step* steps  # the prompt's path, while somebody has lower tiers
     size_t path
+    uint32_t deepest  # blocks that the row has which has most of the prompt
 
 
 cdef inline const Target* question_target(const Question* question, uint32_t i) noexcept nogil:
@@ -48,15 +61,29 @@ cdef inline double question_cost(const Question* question, uint32_t i, Overlap* 
     cdef double cost
     question_overlap(question, i, overlap)
     cost_terms(question_target(question, i), overlap, &question.ask, question.weights, preference, terms)
-    cost = terms[0] + terms[1] + terms[2]
+    cost = terms[0] + terms[1] + terms[2] + terms[3] + terms[4]
     # What is no number is worse than any number, and compares with others.
     return INFINITY if isnan(cost) else cost
 
 
 cdef inline void question_compare(Question* question) noexcept nogil:
     """Works out what the formula asks of all rows together."""
+    cdef Overlap overlap
+    cdef int64_t blocks
+    cdef double work
     cdef uint32_t i
-    if question.weights.formula == DYNAMO and question.weights.overlap_score_credit_decay != 0:
+    question.deepest = 0
+    if question.weights.formula == PREFILL_FIRST:
+        question.ask.least_new = <double>question.ask.tokens
+        for i in range(question.count):
+            question_overlap(question, i, &overlap)
+            blocks = min(max(overlap_total(&overlap), <int64_t>overlap.in_flight), question.ask.usable_blocks)
+            question.deepest = max(question.deepest, <uint32_t>blocks)
+            # No block saves more than all of its tokens, so few rows have to be worked out.
+            if <double>(question.ask.tokens - blocks * question.ask.block_size) < question.ask.least_new:
+                work = new_work(question_target(question, i), &overlap, &question.ask, question.weights)
+                question.ask.least_new = min(question.ask.least_new, work)
+    elif question.weights.formula == DYNAMO and question.weights.overlap_score_credit_decay != 0:
         question.ask.shortest_queue = INT64_MAX
         for i in range(question.count):
             question.ask.shortest_queue = min(
@@ -65,3 +92,24 @@ cdef inline void question_compare(Question* question) noexcept nogil:
     elif question.weights.formula == DYNAMO_EXAMPLE:
         for i in range(question.count):
             question.ask.most_waiting = max(question.ask.most_waiting, question_target(question, i).waiting_requests)
+
+
+cdef inline double question_loss(const Question* question, uint32_t chosen) noexcept nogil:
+    """Tokens by which the chosen row is worse for this request than the best; -1 when it computes a prefix anew.
+
+    What is paid for the sake of others does not count.
+    """
+    cdef Overlap overlap
+    cdef double terms[MOST_TERMS]
+    cdef double least = INFINITY
+    cdef double own = 0
+    cdef double cost
+    cdef uint32_t i
+    for i in range(question.count):
+        cost = question_cost(question, i, &overlap, terms) - terms[REPLICATION]
+        least = min(least, cost)
+        if i == chosen:
+            own = cost
+            if terms[1] > question.ask.least_new:
+                return -1
+    return own - least

@@ -1,7 +1,9 @@
 """The knobs of the costs of sending a request to a target. The compiled core (`core/cost.pxd`) works them out.
 
-default         queued_prefill + new_prefill + memory_shortage, in tokens: the prompt tokens that wait there;
-                (1 + new-work weight) times what must be computed for this prompt; by how much pinned blocks and this
+default         queued_prefill + new_prefill + replication + active_requests + memory_shortage, in tokens: the prompt
+                tokens that wait there; what must be computed for this prompt; new-work weight times what of that
+                another target would not have to compute, less the regret of its prefix (`core/regret.pxd`);
+                request weight times the requests in flight; ten times by how much pinned blocks and this
                 request exceed the cache.
 dynamo          prefill + decode + active_requests, in blocks: the default selector of the Dynamo KV router.
 dynamo-example  uncached + kv_usage + waiting, in shares of 1: the example of a router that comes with Dynamo.
@@ -20,7 +22,8 @@ __all__ = ["COSTS", "Weights", "credit_blocks"]
 class Weights:
     """The knobs of all costs; names and defaults as the `--router-*` flags."""
 
-    new_work_weight: float = 2.0
+    new_work_weight: float = 3.0
+    request_weight: float = 100.0
     overlap_score_credit: float = 1.0
     overlap_score_credit_decay: float = 0.0
     prefill_load_scale: float = 1.0

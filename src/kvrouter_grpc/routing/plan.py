@@ -32,6 +32,7 @@ class Plan:
         """The plan of requests that change nothing."""
         weights = Weights(
             new_work_weight=config.new_work_weight,
+            request_weight=config.request_weight,
             overlap_score_credit=config.kv_overlap_score_credit,
             overlap_score_credit_decay=config.kv_overlap_score_credit_decay,
             prefill_load_scale=config.prefill_load_scale,

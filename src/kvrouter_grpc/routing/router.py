@@ -224,7 +224,7 @@ class Router:
         """
         self.loads.check_free(request_id)
         plan = self._plan_for(hints, prefilled=prefilled)
-        decision = self._decide(prompt, hints, plan, model, explain, exclude)
+        decision = self._decide(prompt, hints, plan, model, explain, exclude, learn=True)
         seqs = self._decider.sequence()
         lease = self.loads.book(request_id, decision, self._booking(seqs, decision, plan, hints), ttl_s)
         lease.prediction = self.index.predict(decision.target, seqs, prompt, self.loads.clock())
@@ -366,6 +366,8 @@ class Router:
         model: str,
         explain: bool,
         exclude: Collection[Target],
+        *,
+        learn: bool = False,
     ) -> Decision:
         self.loads.expire()
         rows = self._roster.eligible(model, hints, exclude)
@@ -386,6 +388,7 @@ class Router:
             self._turn,
             explain,
             session,
+            learn,
         )
         seat = self._roster.seat(choice.row)
         block_size = self.index.block_size
