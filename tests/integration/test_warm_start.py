@@ -145,15 +145,17 @@ async def test_a_joining_router_takes_the_snapshot_of_another():
             assert {target.worker_id for target in snapshot.parts} == {second.target(n).worker_id for n in workers}
 
 
-async def test_a_peer_that_is_not_there_does_not_hold_up_the_start(tmp_path):
+async def test_a_peer_that_is_not_there_or_knows_nothing_is_passed_over(tmp_path):
     async with engines("a") as workers:
         async with serving(workers, router={"snapshot_dir": tmp_path}) as stack:
             await warm_up(stack)
             held = stack.router.index.blocks(stack.target("a"))
-        router = {"snapshot_dir": tmp_path, "snapshot_from": "127.0.0.1:1"}
-        async with serving(workers, router=router) as stack:
-            await stack.synced("a")
-            assert stack.router.index.blocks(stack.target("a")) == held, "the file is read instead"
+        async with serving({}) as ignorant:
+            for address in ("127.0.0.1:1", ignorant.app.admin_address):
+                router = {"snapshot_dir": tmp_path, "snapshot_from": address}
+                async with serving(workers, router=router) as stack:
+                    await stack.synced("a")
+                    assert stack.router.index.blocks(stack.target("a")) == held, "the file is read instead"
 
 
 async def test_snapshots_are_written_while_it_runs_and_what_nobody_claimed_is_passed_on(tmp_path, monkeypatch):

@@ -3,6 +3,7 @@
 import asyncio
 import os
 import re
+import socket
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import BinaryIO
@@ -69,7 +70,8 @@ class _Draft:
 
     def __init__(self, final: Path) -> None:
         self._final = final
-        self._path = final.with_name(f".{final.name}.{os.getpid()}")
+        # Replicas may share the directory, and in containers all of them are process 1.
+        self._path = final.with_name(f".{final.name}.{socket.gethostname()}.{os.getpid()}")
         self._file: BinaryIO | None = None
 
     def open(self) -> None:

@@ -109,4 +109,4 @@ class SnapshotKeeper:
         age = round(max(0.0, time.time() - router.snapshot.created_at), 1)
         targets = len(router.snapshot.parts)
         log.info("snapshot read", endpoint=router.endpoint, source=whence, targets=targets, age_s=age)
-        return True
+        return targets > 0  # one that knows nothing, such as that of a router that has just begun, is no use
