@@ -68,7 +68,7 @@ async def test_the_answer_is_that_of_one_engine(pools: Pools, launch: Launch, pr
 
 async def test_mostly_cached_prompts_stay_where_they_are_decoded(pools: Pools, launch: Launch, prompt: Prompts) -> None:
     prefill, decode = pools
-    limits = json.dumps({"eff_isl_threshold": 100, "eff_isl_ratio_threshold": 0.5})
+    limits = json.dumps({"eff_isl_threshold": 100})
     flags = ["--router-conditional-disagg", "--router-conditional-disagg-config", limits]
     async with launch([decode], flags, prefill=[prefill]) as router:
         await router.settle()

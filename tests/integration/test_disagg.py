@@ -197,7 +197,7 @@ async def test_what_cannot_be_handed_over_is_computed_where_it_is_decoded(fields
 
 
 async def test_conditional_disaggregation_goes_by_what_the_decode_worker_lacks() -> None:
-    limits = '{"eff_isl_threshold": 90, "eff_isl_ratio_threshold": 0.7}'
+    limits = '{"policy": "isl_bounding", "eff_isl_threshold": 90}'
     async with pools(router={"conditional_disagg": True, "conditional_disagg_config": limits}) as stack:
         fresh = await ask(stack, PROMPT[:80])  # few tokens, all of them new
         assert fresh[1].prefill.remote
@@ -215,8 +215,8 @@ async def test_conditional_disaggregation_goes_by_what_the_decode_worker_lacks()
         assert pinned.prefill.remote
 
 
-async def test_one_limit_is_enough_where_the_policy_says_so() -> None:
-    limits = '{"policy": "isl_or_ratio", "eff_isl_threshold": 90}'
+async def test_one_limit_is_enough_unless_the_policy_says_otherwise() -> None:
+    limits = '{"eff_isl_threshold": 90}'
     async with pools(router={"conditional_disagg": True, "conditional_disagg_config": limits}) as stack:
         _, short = await ask(stack, PROMPT[:80])
         assert short.prefill.reason == "NOT_WORTHWHILE"

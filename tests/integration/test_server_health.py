@@ -99,8 +99,10 @@ async def test_open_watches_do_not_hold_up_the_stop():
 
 async def test_a_watcher_that_went_away_leaves_nothing():
     async with serving() as rig:
+        stub = health_pb2_grpc.HealthStub(rig.channel)
+        await stub.Check(Check())  # whatever runs all the time has started
         before = len(asyncio.all_tasks())
-        watch = health_pb2_grpc.HealthStub(rig.channel).Watch(Check())
+        watch = stub.Watch(Check())
         await watch.read()
         watch.cancel()
         await until(lambda: len(asyncio.all_tasks()) <= before)

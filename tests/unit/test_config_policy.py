@@ -92,10 +92,13 @@ def test_conditional_disaggregation() -> None:
     pools = {**BOTH, "--router-prefill-endpoint": PREFILL}
     assert load(pools, {}).router.local_prefill is None
     by_default = load({**pools, "--router-conditional-disagg": True}, {}).router.local_prefill
-    assert by_default == LocalPrefill(policy="isl_bounding", eff_isl_threshold=2048, eff_isl_ratio_threshold=0.7)
+    assert by_default == LocalPrefill(policy="isl_or_ratio", eff_isl_threshold=2048, eff_isl_ratio_threshold=None)
     # (uncached, prompt) on either side of both limits
+    cases = [(2047, 2047), (2048, 2048), (2999, 10_000), (3000, 10_000), (0, 10_000)]
+    assert [by_default.holds(*case) for case in cases] == [True, False, True, False, True]
+    dynamo = LocalPrefill(policy="isl_bounding")
     cases = [(2047, 10_000), (2048, 10_000), (70, 100), (69, 100), (0, 10_000)]
-    assert [by_default.holds(*case) for case in cases] == [True, False, False, True, True]
+    assert [dynamo.holds(*case) for case in cases] == [True, False, False, True, True]
     either = LocalPrefill(policy="isl_or_ratio", eff_isl_threshold=100, eff_isl_ratio_threshold=0.5)
     assert [either.holds(*case) for case in [(99, 99), (100, 100), (499, 1000), (500, 1000)]] == [
         True,

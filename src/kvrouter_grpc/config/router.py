@@ -225,8 +225,8 @@ class RouterConfig(PendingRouterConfig):
         setting(
             None,
             "The limits of conditional-disagg: a prompt stays where fewer than eff_isl_threshold (2048) of its tokens "
-            "are uncached and these are less than eff_isl_ratio_threshold (0.7) of it; with policy isl_or_ratio, where "
-            "one of the two holds.",
+            "are uncached, or where these are less than eff_isl_ratio_threshold (0.3) of it; with Dynamo's policy "
+            "isl_bounding, where both hold (0.7).",
         )
     )
     request_expiry_s: float = setting(
