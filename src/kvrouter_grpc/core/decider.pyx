@@ -24,7 +24,7 @@ from kvrouter_grpc.core.cost cimport MOST_TERMS, Ask, Overlap, ask_init, cached_
 from kvrouter_grpc.core.mode cimport LOWEST_COST, Caller, mode_scores
 from kvrouter_grpc.core.pick cimport Dice, pick_lowest, pick_softmax
 from kvrouter_grpc.core.policy cimport Policy
-from kvrouter_grpc.core.question cimport Question, question_compare, question_cost, question_loss, question_target
+from kvrouter_grpc.core.question cimport Question, question_compare, question_costs, question_loss, question_target
 from kvrouter_grpc.core.regret cimport PREFIXES, Regret, regret_of, regret_set
 from kvrouter_grpc.core.target_table cimport TargetTable
 from kvrouter_grpc.core.walk cimport Step, tree_match, tree_path
@@ -220,7 +220,9 @@ cdef class Decider:
         cdef Choice choice = Choice.__new__(Choice)
         cdef Overlap overlap
         cdef double terms[MOST_TERMS]
-        choice.cost = question_cost(question, i, &overlap, terms)
+        cdef double cost
+        question_costs(question, i, i + 1, &cost, &overlap, terms)
+        choice.cost = cost
         choice.row = question.rows[i]
         choice.blocks = <uint32_t>self.blocks
         choice.tiers = (overlap.tiers[0], overlap.tiers[1], overlap.tiers[2], overlap.tiers[3])

@@ -6,9 +6,9 @@
 from libc.math cimport INFINITY, ceil
 from libc.stdint cimport uint32_t, uint64_t
 
-from kvrouter_grpc.core.cost cimport MOST_TERMS, Overlap, held_blocks
+from kvrouter_grpc.core.cost cimport Overlap, held_blocks
 from kvrouter_grpc.core.pick cimport Dice, dice_below, scramble
-from kvrouter_grpc.core.question cimport Question, question_cost, question_overlap, question_target
+from kvrouter_grpc.core.question cimport Question, question_costs, question_overlap, question_target
 from kvrouter_grpc.core.target cimport Ledger
 
 
@@ -48,12 +48,9 @@ cdef inline void mode_scores(
     double* scores,
 ) noexcept nogil:
     """Writes the score of every row that is asked."""
-    cdef Overlap overlap
-    cdef double terms[MOST_TERMS]
     cdef uint32_t i
     if mode == LOWEST_COST:
-        for i in range(question.count):
-            scores[i] = question_cost(question, i, &overlap, terms)
+        question_costs(question, 0, question.count, scores, NULL, NULL)
     elif mode == IN_TURN:
         _only(question, <uint32_t>(caller.turn % question.count), scores)
     elif mode == BY_CHANCE:

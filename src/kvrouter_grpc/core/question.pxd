@@ -2,6 +2,7 @@
 
 from libc.math cimport INFINITY, isnan
 from libc.stdint cimport INT64_MAX, int64_t, uint32_t
+from libc.string cimport memcpy, memset
 
 from kvrouter_grpc.core.cost cimport (
     DYNAMO,
@@ -55,15 +56,42 @@ cdef inline void question_overlap(const Question* question, uint32_t i, Overlap*
                 depth += overlap.tiers[tier]
 
 
-cdef inline double question_cost(const Question* question, uint32_t i, Overlap* overlap, double* terms) noexcept nogil:
-    """The cost of the i-th row that is asked; fills its overlap and its `MOST_TERMS` terms."""
-    cdef double preference = question.preferences[i] if question.preferences != NULL else 0
+cdef inline void question_costs(
+    const Question* question, uint32_t first, uint32_t end, double* costs, Overlap* last_overlap, double* last_terms
+) noexcept nogil:
+    """The costs of the rows that are asked from `first` to before `end`.
+
+    One function for one row and for all, so that there is one copy of the formulas, compiled into the loop.
+
+    Args:
+        question: What is asked.
+        first: The first of the rows.
+        end: Where they end; behind `first`.
+        costs: Of each of them.
+        last_overlap: What the last of them has of the prompt; may be NULL.
+        last_terms: The `MOST_TERMS` terms of its cost; NULL with the other.
+    """
+    cdef Overlap overlap
+    cdef double terms[MOST_TERMS]
     cdef double cost
-    question_overlap(question, i, overlap)
-    cost_terms(question_target(question, i), overlap, &question.ask, question.weights, preference, terms)
-    cost = terms[0] + terms[1] + terms[2] + terms[3] + terms[4]
-    # What is no number is worse than any number, and compares with others.
-    return INFINITY if isnan(cost) else cost
+    cdef uint32_t i
+    memset(terms, 0, sizeof(terms))
+    for i in range(first, end):
+        question_overlap(question, i, &overlap)
+        cost_terms(
+            question_target(question, i),
+            &overlap,
+            &question.ask,
+            question.weights,
+            question.preferences[i] if question.preferences != NULL else 0,
+            terms,
+        )
+        cost = terms[0] + terms[1] + terms[2] + terms[3] + terms[4]
+        # What is no number is worse than any number, and compares with others.
+        costs[i - first] = INFINITY if isnan(cost) else cost
+    if last_overlap != NULL:
+        last_overlap[0] = overlap
+        memcpy(last_terms, terms, sizeof(terms))
 
 
 cdef inline void question_compare(Question* question) noexcept nogil:
@@ -106,7 +134,8 @@ cdef inline double question_loss(const Question* question, uint32_t chosen) noex
     cdef double cost
     cdef uint32_t i
     for i in range(question.count):
-        cost = question_cost(question, i, &overlap, terms) - terms[REPLICATION]
+        question_costs(question, i, i + 1, &cost, &overlap, terms)
+        cost -= terms[REPLICATION]
         least = min(least, cost)
         if i == chosen:
             own = cost
