@@ -1,7 +1,7 @@
 """The command line: what `kvrouter` understands, and what its exit codes say.
 
 Exit codes: 0 done, 64 the configuration or the command line is wrong (nothing was started), 70 the router
-failed, 128 + n ended at once by a second signal n.
+failed, 128 + n ended at once by a second signal n; of `check` also 1 warnings, 2 failures.
 """
 
 import importlib
@@ -52,6 +52,15 @@ Examples:
 \b
 Flags come before environment variables, these before --config, and this before defaults."""
 
+_CHECK_EXAMPLES = """\
+\b
+Examples:
+  The workers of a router that is about to start, one prompt sent to each:
+    kvrouter check --config router.yaml --probe
+\b
+  In a pipeline, where warnings may pass:
+    kvrouter check --config router.yaml --json > findings.json || [ $? -eq 1 ]"""
+
 
 class _SettingOption(click.Option):
     """The option of one setting, under its flag or under a deprecated name of it."""
@@ -86,6 +95,8 @@ def _shown(value: Any) -> str:
 class _ServeCommand(click.Command):
     """A command whose help lists its options by section of the configuration."""
 
+    headings: tuple[str, ...] = (*_HEADINGS.values(), _PENDING)
+
     def get_help(self, ctx: click.Context) -> str:
         """Lay out the help."""
         return super().get_help(ctx).replace(_HARD_HYPHEN, "-")
@@ -93,14 +104,14 @@ class _ServeCommand(click.Command):
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write one group of options per section."""
         groups: dict[str, list[tuple[str, str]]] = {"Command": []}
-        groups |= {heading: [] for heading in (*_HEADINGS.values(), _PENDING)}
+        groups |= {heading: [] for heading in self.headings}
         for param in self.get_params(ctx):
             record = param.get_help_record(ctx)
             if record is None:
                 continue
             if isinstance(param, _SettingOption):
                 heading = _PENDING if param.setting.pending else _HEADINGS[param.setting.section]
-                groups[heading].append(record)
+                groups.get(heading, []).append(record)
             else:
                 groups["Command"].append(record)
         keys = [(f"{key.key}=", _help(key, env=False)) for key in WORKER_SETTINGS.values()]
@@ -110,6 +121,12 @@ class _ServeCommand(click.Command):
             if heading == _HEADINGS[""]:
                 with formatter.section("Keys of --worker, separated by commas; items of a list by |"):
                     formatter.write_dl(keys)
+
+
+class _CheckCommand(_ServeCommand):
+    """Its help lists what says where the workers are; the help of `serve` has the rest."""
+
+    headings = (_HEADINGS[""],)
 
 
 class _Group(click.Group):
@@ -161,7 +178,39 @@ def version() -> None:
     click.echo(f"kvrouter-grpc {__version__}")
 
 
-def _options() -> list[click.Parameter]:
+_CHECK_CONFIG = click.Option(
+    ["--check-config"],
+    is_flag=True,
+    help="Check the configuration, print what takes effect and where it came from, and exit.",
+)
+_CHECK_OPTIONS = (
+    click.Option(
+        ["--timeout", "timeout_s"],
+        type=click.FloatRange(1, 600),
+        default=20.0,
+        show_default=True,
+        metavar="SECONDS",
+        help="Limit for everything; all workers are looked at at once.",
+    ),
+    click.Option(
+        ["--listen-for", "listen_s"],
+        type=click.FloatRange(0, 600),
+        default=1.0,
+        show_default=True,
+        metavar="SECONDS",
+        help="How long to listen to the KV events once they were replayed.",
+    ),
+    click.Option(
+        ["--probe"],
+        is_flag=True,
+        help="Send a prompt of two blocks to every rank, twice: its event and its cached tokens must be seen.",
+    ),
+    click.Option(["--problems"], is_flag=True, help="Leave out what is as it should be."),
+    click.Option(["--json", "as_json"], is_flag=True, help="Print the findings as JSON."),
+)
+
+
+def _options(*own: click.Parameter) -> list[click.Parameter]:
     return [
         click.Option(
             ["--config", "config_file"],
@@ -170,11 +219,7 @@ def _options() -> list[click.Parameter]:
             metavar="FILE",
             help=f"YAML file of settings, section by section.  [env: {CONFIG_ENV}]",
         ),
-        click.Option(
-            ["--check-config"],
-            is_flag=True,
-            help="Check the configuration, print what takes effect and where it came from, and exit.",
-        ),
+        *own,
         *(
             _SettingOption(setting, flag)
             for setting in SETTINGS.values()
@@ -185,7 +230,7 @@ def _options() -> list[click.Parameter]:
 
 @cli.command(
     cls=_ServeCommand,
-    params=_options(),
+    params=_options(_CHECK_CONFIG),
     epilog=_EXAMPLES,
     # Unknown flags reach `load`, which names them together with everything else that is wrong.
     context_settings={"ignore_unknown_options": True, "allow_extra_args": True},
@@ -200,6 +245,38 @@ def serve(ctx: click.Context, /, config_file: Path | None, check_config: bool, *
         click.echo(f"warning: {warning}", err=True)
     click.echo(effective(config), nl=False)
     return 0
+
+
+@cli.command(
+    cls=_CheckCommand,
+    params=_options(*_CHECK_OPTIONS),
+    epilog=_CHECK_EXAMPLES,
+    context_settings={"ignore_unknown_options": True, "allow_extra_args": True},
+)
+@click.pass_context
+def check(
+    ctx: click.Context,
+    /,
+    config_file: Path | None,
+    timeout_s: float,
+    listen_s: float,
+    probe: bool,
+    problems: bool,
+    as_json: bool,
+    **_: Any,
+) -> int:
+    """Look at every worker as a router would, and say what to change.
+
+    Takes the configuration of `serve`, every flag of it included: the same line with another command checks what that
+    router would meet. Binds no port.
+
+    Exit codes: 0 nothing to do, 1 warnings, 2 failures, 64 the configuration is wrong.
+    """
+    config = load(_flags(ctx), os.environ, config_file)
+    room = importlib.import_module("kvrouter_grpc.check")
+    scope = room.Scope(timeout_s=timeout_s, listen_s=listen_s, probe=probe)
+    code: int = room.run(config, scope, problems=problems, as_json=as_json)
+    return code
 
 
 def _flags(ctx: click.Context) -> dict[str, FlagValue]:

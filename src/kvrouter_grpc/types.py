@@ -78,6 +78,7 @@ class WorkerFacts:
     kv_events: bool | None = None  # None: the worker cannot tell
     process_start_time: float | None = None
     version: str | None = None
+    prefix_caching: bool | None = None
 
 
 class EngineReport(NamedTuple):

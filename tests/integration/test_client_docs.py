@@ -69,7 +69,7 @@ def steady(answer: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in answer.items() if key not in VOLATILE}
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/quickstart.md", "docs/disaggregated.md"])
+@pytest.mark.parametrize("page", ["README.md", "docs/quickstart.md", "docs/disaggregated.md", "docs/check.md"])
 def test_marked_blocks_do_what_the_page_says(page: str) -> None:
     marked = [block for block in blocks(ROOT / page) if block.marker]
     assert {block.marker for block in marked} == {"run: background", "run", "answer"}
@@ -86,7 +86,7 @@ def test_marked_blocks_do_what_the_page_says(page: str) -> None:
                     assert output.strip()
                 case "answer":
                     assert asked is not None
-                    assert_answer(json.loads(block.text), asked, output, ports)
+                    assert_answer(json.loads(with_ports(block.text, ports)), asked, output, ports)
 
 
 def assert_answer(expected: dict[str, Any], asked: Block, output: str, ports: Ports) -> None:

@@ -146,6 +146,7 @@ def test_help_of_the_program_lists_all_commands_without_loading_them() -> None:
     *usage, loaded = result.stdout.splitlines()
     assert loaded == "[]"
     assert [line.split()[0] for line in usage[usage.index("Commands:") + 1 :]] == [
+        "check",
         "demo",
         "mock-worker",
         "serve",

@@ -23,7 +23,9 @@ WIRE = Path(__file__).parent / "vllm_wire"  # recorded from vLLM 0.32.0
 
 def test_recorded_answers() -> None:
     assert served_models((WIRE / "models.json").read_bytes()) == ServedModels(("tiny",), (), 1024)
-    assert cache_config((WIRE / "metrics.txt").read_bytes()) == CacheConfig(32, 64, 1, 1.79516260877e9)
+    assert cache_config((WIRE / "metrics.txt").read_bytes()) == CacheConfig(
+        32, 64, 1, 1.79516260877e9, prefix_caching=True
+    )
     assert engine_reports((WIRE / "metrics.txt").read_bytes()) == [EngineReport(0, 0, 0.0, 2094, 992, 1.79516260877e9)]
     assert server_version((WIRE / "version.json").read_bytes()) == "0.32.0"
     assert event_sources((WIRE / "kv_event_sources.json").read_bytes(), "10.0.0.7") == EventSources(

@@ -7,6 +7,7 @@ from urllib.parse import urlsplit, urlunsplit
 import structlog
 import zmq.asyncio
 
+from kvrouter_grpc import advice
 from kvrouter_grpc.config import EventsConfig, UpstreamConfig
 from kvrouter_grpc.errors import RouterError
 from kvrouter_grpc.events.rota import Rota
@@ -119,8 +120,7 @@ class Attendant:
             registry.set_fault(
                 worker,
                 "configured_block_size",
-                f"{worker.spec.name} is configured with block size {self.given.block_size} but reports "
-                f"{facts.block_size}: correct or remove block-size in its entry",
+                str(advice.block_size_misconfigured(worker.spec.name, self.given.block_size, facts.block_size)),
             )
         else:
             registry.set_fault(worker, "configured_block_size", None)
@@ -146,11 +146,7 @@ class Attendant:
             return
         if spec.events is None:
             told = facts is not None and facts.kv_events is False
-            detail = (
-                f"{spec.name} publishes no KV events: start it with --kv-events-config"
-                if told
-                else f"{spec.name} does not say where its KV events are: give events=tcp://host:port in its entry"
-            )
+            detail = str(advice.events_off(spec.name) if told else advice.events_nowhere(spec.name))
             index.without_events(target, detail, capacity)
             self._log.warning("no KV events", dp_rank=target.dp_rank, detail=detail)
             return

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import structlog
 import zmq
 
+from kvrouter_grpc import advice
 from kvrouter_grpc.config import EventsConfig
 from kvrouter_grpc.core import BatchError, KvFeed
 from kvrouter_grpc.events.batch_log import HIGHEST_SEQ
@@ -152,7 +153,7 @@ class Subscriber:
             if self._open(now):
                 self._postpone_audit(now)
             else:
-                self._fault = f"{self._source.events} is no address of KV events: write events=tcp://host:port"
+                self._fault = str(advice.no_address(self._source.events))
                 self._reopen_at = math.inf
                 self._report()
             await asyncio.Event().wait()  # the rota lets it work
@@ -247,7 +248,7 @@ class Subscriber:
             if self._on_disconnect is not None:
                 self._on_disconnect()
         else:
-            self._fault = f"{self._source.events} does not speak ZeroMQ: is it the port of the KV events?"
+            self._fault = str(advice.not_zeromq(self._source.events))
 
     def _note_arrival(self, now: float) -> None:
         self._status.last_event_at = time.monotonic()

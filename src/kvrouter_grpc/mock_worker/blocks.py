@@ -37,14 +37,18 @@ class BlockTable:
 class BlockManager:
     """Allocates physical blocks, keeps freed ones for reuse by content, and records what happened as events."""
 
-    def __init__(self, num_blocks: int, block_size: int, hash_seed: str = "vllm-none-hash") -> None:
+    def __init__(
+        self, num_blocks: int, block_size: int, hash_seed: str = "vllm-none-hash", *, prefix_caching: bool = True
+    ) -> None:
         """Set up an empty cache.
 
         Args:
             num_blocks: Physical blocks, block 0 (the null block) included, which is never given out.
             block_size: Tokens per block.
             hash_seed: Root of the hash chain.
+            prefix_caching: Keep what was computed.
         """
+        self._prefix_caching = prefix_caching
         self.num_blocks = num_blocks
         self.block_size = block_size
         self._root = root_hash(hash_seed)
@@ -180,7 +184,7 @@ class BlockManager:
             self._references[block] = 1
             table.blocks.append(block)
         full = num_tokens // self.block_size
-        if full > table.registered:
+        if self._prefix_caching and full > table.registered:
             self._register(table, full)
 
     def _evict(self, block: int) -> None:

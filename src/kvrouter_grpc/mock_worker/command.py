@@ -38,6 +38,7 @@ _OPTIONS: tuple[tuple[str, Any, str], ...] = (
     ("replay_port", int, "Replay port of rank 0, rank r at port + r; 0 picks free ones."),
     ("topic", str, "Topic frame of the events."),
     ("buffer_steps", int, "Event batches kept for replay. A small ring shows what a router does when it is too late."),
+    ("clock_skew_s", float, "Seconds by which the timestamps of its events are ahead of the clock."),
     (
         "replay_lossy_after",
         int,
@@ -96,6 +97,7 @@ def _options(command: Callable[..., None]) -> Callable[..., None]:
     show_default=True,
     help="Serve GET /kv_event_sources; older versions have none, so their ports must be configured.",
 )
+@click.option("--prefix-caching/--no-prefix-caching", default=True, show_default=True, help="Keep what was computed.")
 @click.option(
     "--prompt-tokens-details/--no-prompt-tokens-details",
     default=True,

@@ -45,6 +45,8 @@ class MockWorkerConfig:
         hash_format: Block hashes as 64-bit integers or as 32 bytes.
         hash_seed: Root of the hash chain. vLLM before 0.29 draws it at random, so its workers never agree.
         kv_event_sources: Serve `GET /kv_event_sources`; older versions answer 404.
+        prefix_caching: Keep what was computed; without it nothing is ever found again, and there are no events.
+        clock_skew_s: Seconds by which the timestamps of its events are ahead of the clock.
         prompt_tokens_details: Report `cached_tokens`, like `--enable-prompt-tokens-details`.
         kv_transfer: Act on `kv_transfer_params` like an engine with a NIXL connector; without one they are ignored.
         advertise_host: Where other workers reach this one; by default `host`, or the host name for a wildcard.
@@ -82,6 +84,8 @@ class MockWorkerConfig:
     hash_format: HashFormat = "int"
     hash_seed: str = "vllm-none-hash"
     kv_event_sources: bool = True
+    prefix_caching: bool = True
+    clock_skew_s: float = 0.0
     prompt_tokens_details: bool = True
     kv_transfer: bool = False
     advertise_host: str = ""

@@ -45,7 +45,9 @@ class Engine:
             config: Sizes and speed.
             publish: Takes the events of one step; None when nobody listens.
         """
-        self.blocks = BlockManager(config.num_blocks, config.block_size, config.hash_seed)
+        self.blocks = BlockManager(
+            config.num_blocks, config.block_size, config.hash_seed, prefix_caching=config.prefix_caching
+        )
         self.scheduler = Scheduler(
             self.blocks,
             max_num_seqs=config.max_num_seqs,

@@ -56,7 +56,7 @@ def render_metrics(config: MockWorkerConfig, engines: Sequence[Engine], started:
         lines.extend(engine.ttft.render("vllm:time_to_first_token_seconds", label))
     lines.append("# TYPE vllm:cache_config_info gauge")
     lines.extend(
-        f'vllm:cache_config_info{{block_size="{config.block_size}",enable_prefix_caching="True",engine="{rank}",'
+        f'vllm:cache_config_info{{block_size="{config.block_size}",enable_prefix_caching="{config.prefix_caching}",engine="{rank}",'
         f'kv_cache_size_tokens="{config.num_blocks * config.block_size}",num_gpu_blocks="{config.num_blocks}",'
         f'prefix_caching_hash_algo="sha256"}} 1.0'
         for rank in range(len(engines))

@@ -64,7 +64,9 @@ class EventPublisher:
     def publish(self, events: Sequence[KvEvent]) -> None:
         """Send one step's events as one batch."""
         config = self._config
-        payload = encode_batch(time.time(), events, self._dp_rank, config.event_format, config.hash_format)
+        payload = encode_batch(
+            time.time() + config.clock_skew_s, events, self._dp_rank, config.event_format, config.hash_format
+        )
         seq = self._next_seq.to_bytes(8, "big")
         self._next_seq += 1
         self._ring.append((seq, payload))

@@ -17,6 +17,7 @@ from collections import deque
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from kvrouter_grpc import advice
 from kvrouter_grpc.types import Decision, EngineReport
 
 WINDOW = 16
@@ -138,10 +139,7 @@ class HitPrediction:
                 f"{WINDOW} requests: is it short of memory, or are these the KV events of another engine?"
             )
         if self.tells is False:
-            return (
-                "its engine does not report cached_tokens, so that predictions are checked by its metrics alone: start "
-                "it with --enable-prompt-tokens-details"
-            )
+            return str(advice.cached_tokens_untold())
         return ""
 
     def expect(self, decision: Decision, now: float) -> Expectation:

@@ -5,6 +5,7 @@ from array import array
 from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 
+from kvrouter_grpc import advice
 from kvrouter_grpc.config import RouterConfig
 from kvrouter_grpc.core import Choice, Decider, TokenIds, hash_bytes, seed_for
 from kvrouter_grpc.errors import NotReadyError, RouterError
@@ -122,11 +123,7 @@ class Router:
         """Compare the worker's block size with the router's, which is learned from the first worker if it is open."""
         fault = None
         if not self.index.learn_block_size(block_size):
-            fault = (
-                f"{worker.spec.name} caches blocks of {block_size} tokens ({source}) but the router hashes blocks of "
-                f"{self.index.block_size}: set --router-block-size {block_size}, or start the worker with "
-                f"--block-size {self.index.block_size}"
-            )
+            fault = str(advice.block_sizes_differ(worker.spec.name, block_size, source, self.index.block_size))
         self.workers.set_fault(worker, "block_size", fault)
 
     def _block_size_differs(self, target: Target, block_size: int) -> None:

@@ -39,6 +39,7 @@ class CacheConfig(NamedTuple):
     blocks_per_engine: int | None
     engines: int
     process_start_time: float | None
+    prefix_caching: bool | None = None
 
 
 class EventSources(NamedTuple):
@@ -49,6 +50,14 @@ class EventSources(NamedTuple):
     replay: str | None = None
     topic: str = ""
     ranks: int = 0
+
+
+class EngineSettings(NamedTuple):
+    """`GET /server_info`, which engines answer in development mode only; None where it does not tell."""
+
+    block_size: int | None = None
+    dp_size: int | None = None
+    kv_events: bool | None = None
 
 
 class _Model(msgspec.Struct):
@@ -69,6 +78,28 @@ class _EventSource(msgspec.Struct):
     topic: str | None = None
 
 
+class _CacheSettings(msgspec.Struct):
+    block_size: int | None = None
+
+
+class _ParallelSettings(msgspec.Struct):
+    data_parallel_size: int | None = None
+
+
+class _Settings(msgspec.Struct):
+    cache_config: _CacheSettings = msgspec.field(default_factory=_CacheSettings)
+    parallel_config: _ParallelSettings = msgspec.field(default_factory=_ParallelSettings)
+    kv_events_config: _EventSource | msgspec.UnsetType | None = msgspec.UNSET
+
+
+class _ServerInfo(msgspec.Struct):
+    vllm_config: _Settings
+
+
+class _Tokens(msgspec.Struct):
+    tokens: list[int]
+
+
 class _Version(msgspec.Struct):
     version: str
 
@@ -76,6 +107,8 @@ class _Version(msgspec.Struct):
 _models = msgspec.json.Decoder(_Models)
 _event_sources = msgspec.json.Decoder(dict[str, _EventSource])
 _version = msgspec.json.Decoder(_Version)
+_server_info = msgspec.json.Decoder(_ServerInfo)
+_tokens = msgspec.json.Decoder(_Tokens)
 
 
 def served_models(body: bytes) -> ServedModels:
@@ -103,6 +136,7 @@ def cache_config(page: bytes) -> CacheConfig:
     engines: set[str] = set()
     block_sizes: set[int] = set()
     blocks: set[int] = set()
+    caching: set[str] = set()
     start_time = None
     for sample in samples(page, (CACHE_CONFIG, START_TIME)):
         if sample.name == START_TIME:
@@ -111,7 +145,14 @@ def cache_config(page: bytes) -> CacheConfig:
         engines.add(sample.labels.get("engine", ""))
         block_sizes |= _positive(sample.labels.get("block_size"))
         blocks |= _positive(sample.labels.get("num_gpu_blocks"))
-    return CacheConfig(min(block_sizes, default=None), min(blocks, default=None), max(1, len(engines)), start_time)
+        caching.add(sample.labels.get("enable_prefix_caching", ""))
+    return CacheConfig(
+        block_size=min(block_sizes, default=None),
+        blocks_per_engine=min(blocks, default=None),
+        engines=max(1, len(engines)),
+        process_start_time=start_time,
+        prefix_caching="False" not in caching if caching & {"True", "False"} else None,
+    )
 
 
 def engine_reports(page: bytes) -> list[EngineReport]:
@@ -180,6 +221,30 @@ def server_version(body: bytes) -> str:
         MalformedAnswerError: It is not that.
     """
     return _decoded(_version, body).version
+
+
+def engine_settings(body: bytes) -> EngineSettings:
+    """Read `GET /server_info?config_format=json`.
+
+    Raises:
+        MalformedAnswerError: It is not that.
+    """
+    config = _decoded(_server_info, body).vllm_config
+    events = config.kv_events_config
+    return EngineSettings(
+        block_size=config.cache_config.block_size,
+        dp_size=config.parallel_config.data_parallel_size,
+        kv_events=None if events is msgspec.UNSET else events is not None and events.enable_kv_cache_events,
+    )
+
+
+def tokens_of(body: bytes) -> list[int]:
+    """Read the answer of `POST /tokenize`.
+
+    Raises:
+        MalformedAnswerError: It is not that.
+    """
+    return _decoded(_tokens, body).tokens
 
 
 def _reachable(endpoint: str | None, host: str) -> str | None:

@@ -15,7 +15,16 @@ from kvrouter_grpc.errors import RouterError, UpstreamError, UpstreamTimeoutErro
 from kvrouter_grpc.types import EngineChunk, EngineReport, EngineRequest, WorkerFacts
 from kvrouter_grpc.upstream.answer import Answer, StreamedAnswer, WholeAnswer
 from kvrouter_grpc.upstream.chunk import MalformedAnswerError, decode_completion
-from kvrouter_grpc.upstream.facts import cache_config, engine_reports, event_sources, served_models, server_version
+from kvrouter_grpc.upstream.facts import (
+    EngineSettings,
+    cache_config,
+    engine_reports,
+    engine_settings,
+    event_sources,
+    served_models,
+    server_version,
+    tokens_of,
+)
 from kvrouter_grpc.upstream.failure import engine_error, lost, malformed, timed_out, unexpected_status
 from kvrouter_grpc.upstream.patience import Patience
 from kvrouter_grpc.upstream.request import request_body, request_headers
@@ -158,7 +167,40 @@ class VllmHttpClient:
             kv_events=sources and sources.enabled,
             process_start_time=cache and cache.process_start_time,
             version=await self._told("version", server_version),
+            prefix_caching=cache and cache.prefix_caching,
         )
+
+    async def settings(self) -> EngineSettings | None:
+        """What the server says of its settings, or None: it does so in development mode only.
+
+        Raises:
+            UpstreamUnavailableError: The server could not be reached, or is busy or failing.
+            UpstreamTimeoutError: It did not answer in time.
+        """
+        return await self._told("server_info?config_format=json", engine_settings)
+
+    async def tokenize(self, text: str, model: str) -> list[int] | None:
+        """The token ids of a text, with special tokens, as the server's own tokenizer makes them; None: it will not.
+
+        Raises:
+            UpstreamUnavailableError: The server could not be reached, or is busy or failing.
+            UpstreamTimeoutError: It did not answer in time.
+        """
+        with self._judged("answer to a probe", _FACTS_TIMEOUT_S):
+            async with (
+                asyncio.timeout(_FACTS_TIMEOUT_S),
+                self._session.post(
+                    self._url / "tokenize",
+                    json={"model": model, "prompt": text, "add_special_tokens": True},
+                    timeout=self._timeout,
+                    allow_redirects=False,
+                ) as response,
+            ):
+                body = await _body(response, _MAX_PROBE_BYTES)
+                try:
+                    return tokens_of(body) if response.status == _OK else None
+                except MalformedAnswerError:
+                    return None
 
     async def health(self) -> Health:
         """What `GET /health` says within `health_timeout_s`."""
@@ -198,7 +240,9 @@ class VllmHttpClient:
         with self._judged("answer to a probe", limit_s):
             async with (
                 asyncio.timeout(limit_s),
-                self._session.get(self._url / path, timeout=self._timeout, allow_redirects=False) as response,
+                self._session.get(
+                    self._url.join(yarl.URL(path)), timeout=self._timeout, allow_redirects=False
+                ) as response,
             ):
                 return response.status, await _body(response, _MAX_PROBE_BYTES)
 

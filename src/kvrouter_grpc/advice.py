@@ -1,0 +1,92 @@
+"""What can be wrong between the router and its workers, each fault in one sentence with its remedy.
+
+One place, so that the running router (ListWorkers, health, log) and `kvrouter check` say the same of the same fault.
+"""
+
+from collections.abc import Collection
+from typing import NamedTuple
+
+
+class Advice(NamedTuple):
+    """A fault and what to do about it; as a text, one sentence.
+
+    Attributes:
+        seen: What is wrong, as it was seen.
+        fix: What to change.
+    """
+
+    seen: str
+    fix: str
+
+    def __str__(self) -> str:
+        """One sentence."""
+        return f"{self.seen}: {self.fix}"
+
+
+def events_off(name: str) -> Advice:
+    """The worker says that it publishes nothing."""
+    return Advice(f"{name} publishes no KV events", "start it with --kv-events-config")
+
+
+def events_nowhere(name: str) -> Advice:
+    """Neither the worker nor its entry says where the events are."""
+    return Advice(f"{name} does not say where its KV events are", "give events=tcp://host:port in its entry")
+
+
+def not_zeromq(address: str) -> Advice:
+    """Something else listens at the address of the events."""
+    return Advice(f"{address} does not speak ZeroMQ", "is it the port of the KV events?")
+
+
+def no_address(address: str) -> Advice:
+    """The address of the events cannot be connected to."""
+    return Advice(f"{address} is no address of KV events", "write events=tcp://host:port")
+
+
+def wrong_topic(wanted: str, heard: Collection[str]) -> Advice:
+    """Events come, but not with the topic that is subscribed to."""
+    told = " and ".join(repr(topic) for topic in sorted(heard))
+    return Advice(
+        f"its events have the topic {told}, so none passes the topic {wanted!r} of its entry",
+        "correct topic= in its entry, or leave it out to take all",
+    )
+
+
+def block_sizes_differ(name: str, size: int, source: str, router_size: int) -> Advice:
+    """The worker caches blocks of another size than the router hashes."""
+    return Advice(
+        f"{name} caches blocks of {size} tokens ({source}) but the router hashes blocks of {router_size}",
+        f"set --router-block-size {size}, or start the worker with --block-size {router_size}",
+    )
+
+
+def block_size_misconfigured(name: str, configured: int, reported: int) -> Advice:
+    """The worker's entry states a block size that it does not have."""
+    return Advice(
+        f"{name} is configured with block size {configured} but reports {reported}",
+        "correct or remove block-size in its entry",
+    )
+
+
+def no_prefix_caching(name: str) -> Advice:
+    """The engine caches nothing between requests."""
+    return Advice(
+        f"{name} runs without prefix caching, so nothing is ever cached there",
+        "start it with --enable-prefix-caching",
+    )
+
+
+def cached_tokens_untold() -> Advice:
+    """Answers do not say how much of the prompt was cached."""
+    return Advice(
+        "its engine does not report cached_tokens, so that predictions are checked by its metrics alone",
+        "start it with --enable-prompt-tokens-details",
+    )
+
+
+def reports_reused(evidence: str) -> Advice:
+    """Blocks are stored more often than they are removed."""
+    return Advice(
+        f"its events store blocks again that it merely reuses ({evidence}), so blocks seem to be held that are gone",
+        "do not send kv_cache_report_mode=full to engines that a router follows",
+    )
