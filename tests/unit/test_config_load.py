@@ -260,7 +260,7 @@ def test_unknown_variable_far_from_any_setting_warns() -> None:
         ),
         (
             {"--events-replay-backoff-s": "6"},
-            "replay-backoff-max-s (5) is below replay-backoff-s (6): make it at least as long.",
+            "replay-backoff-max-s (2) is below replay-backoff-s (6): make it at least as long.",
         ),
         (
             {"--events-reconnect-max-ms": "50"},

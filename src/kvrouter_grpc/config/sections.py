@@ -153,12 +153,12 @@ class EventsConfig(Section):
     """How KV events are received and how lost ones are fetched again."""
 
     replay_timeout_s: float = setting(
-        5.0, "Seconds without an answer after which a replay request has failed.", gt=0, le=300
+        2.0, "Seconds without an answer after which a replay request has failed.", gt=0, le=300
     )
     replay_backoff_s: float = setting(
         0.2, "First wait before a failed replay is asked for again; it doubles, with jitter.", gt=0, le=60
     )
-    replay_backoff_max_s: float = setting(5.0, "Longest wait between two replay requests.", gt=0, le=600)
+    replay_backoff_max_s: float = setting(2.0, "Longest wait between two replay requests.", gt=0, le=600)
     max_message_bytes: int = setting(
         64 * MIB, "A larger event message is dropped and counts as lost.", ge=1024, le=1024 * MIB
     )
