@@ -11,6 +11,7 @@ from collections.abc import Iterator
 import pytest
 
 from contract.captured import all_payloads
+from contract.hybrid import payloads, recorded
 from reference.feeds import FeedPair
 from reference.kv_stream import Stream
 
@@ -58,7 +59,7 @@ def mutate(rng: random.Random, payload: bytes, others: list[bytes]) -> bytes:
 
 def frames(count: int, seed: int) -> Iterator[bytes]:
     rng = random.Random(seed)
-    seeds = all_payloads()
+    seeds = [*all_payloads(), *payloads(recorded())]
     small = [payload for payload in seeds if len(payload) < 1500]
     stream = Stream(rng)
     for _ in range(count):

@@ -104,9 +104,9 @@ class Sink:
         self.numbers: list[int] = []
         self.clears = 0
         self.emptied = 0
-        self.applied = KvFeed(self.note, lambda _: 0)  # asks of every block size, for nobody wants any
+        self.applied = KvFeed(self.note, lambda *_: 0, lambda _: None)  # asks of every block size, for nobody wants any
 
-    def note(self, block_size: int) -> None:
+    def note(self, block_size: int, _several_groups: bool) -> None:
         self.numbers.append(block_size - 1)
 
     def feed(self, target: Target) -> KvFeed:

@@ -14,21 +14,21 @@ class FeedPair:
         self.tree = None
         self.differing = []
         self.index = ReferenceIndex()
-        self.feeds = [KvFeed(self._learn, self._place) for _ in range(targets)]
+        self.feeds = [KvFeed(self._learn, self._place, lambda _: None) for _ in range(targets)]
         self.twins = [ReferenceFeed(self.index) for _ in range(targets)]
         if block_size:
-            self._learn(block_size)
-            self.index.learn(block_size)
+            self._learn(block_size, False)
+            self.index.learn(block_size, False)
 
-    def _learn(self, block_size):
+    def _learn(self, block_size, several):
         if self.tree is None:
             self.tree = RadixTree(block_size)
-        if self.tree.block_size == block_size:
+        if self.tree.block_size == block_size or (several and block_size % self.tree.block_size == 0):
             return self.tree
         self.differing.append(block_size)
         return None
 
-    def _place(self, _tier):
+    def _place(self, _group, _tier):
         return self.tree.add_slot()
 
     def apply(self, target, payload):
@@ -38,6 +38,7 @@ class FeedPair:
         assert (None if got is None else got.skipped) == expected
         assert self.differing == self.index.differing
         assert self.feeds[target].orphans == self.twins[target].orphans.blocks
+        assert self.feeds[target].adopted == self.twins[target].orphans.adopted
         assert self.feeds[target].dropped == self.twins[target].orphans.dropped
         if self.tree is not None:
             stats, twin = self.tree.stats(), self.index.tree.stats()
@@ -60,7 +61,9 @@ class FeedPair:
         self.compare()
         for feed in self.feeds:
             feed.clear()
-            assert (feed.orphans, feed.bytes) == (0, 0)
+            assert feed.orphans == 0
+            feed.close()
+            assert feed.bytes == 0
         if self.tree is None:
             return
         self.tree._check()

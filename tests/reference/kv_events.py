@@ -23,6 +23,10 @@ class BlocksStored:
     kind: str = ""  # kv_cache_spec_kind, "" when not told
     window: int | None = None  # sliding window in tokens
 
+    @property
+    def lane(self) -> tuple[int, Tier]:
+        return self.group, self.tier
+
 
 @dataclass(frozen=True, slots=True)
 class BlocksRemoved:
@@ -31,6 +35,10 @@ class BlocksRemoved:
     hashes: "array[int]"
     tier: Tier = Tier.DEVICE
     group: int = 0
+
+    @property
+    def lane(self) -> tuple[int, Tier]:
+        return self.group, self.tier
 
 
 @dataclass(frozen=True, slots=True)

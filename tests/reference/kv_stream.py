@@ -6,6 +6,7 @@ So duplicates, aliases, conflicts, shared prefixes and late parents are common; 
 from msgspec.msgpack import encode
 
 SIZE = 2  # tokens per block
+GROUPS = [("full_attention", 1, None), ("sliding_window", 2, 9), ("mamba", 3, None), ("full_attention", 2, None)]
 STORED = (
     "block_hashes",
     "parent_block_hash",
@@ -33,10 +34,11 @@ class Stream:
         rng: Source of chance.
         trouble: Share of fields that are broken, missing, doubled or unknown.
         names: How many engine hashes there are.
+        hybrid: Events of several KV cache groups, whose blocks differ in size.
     """
 
-    def __init__(self, rng, trouble=0.0, names=24):
-        self.rng, self.trouble, self.names = rng, trouble, names
+    def __init__(self, rng, trouble=0.0, names=24, hybrid=False):
+        self.rng, self.trouble, self.names, self.hybrid = rng, trouble, names, hybrid
 
     def message(self):
         rng = self.rng
@@ -78,7 +80,24 @@ class Stream:
             "kv_cache_spec_sliding_window": None,
             "locality": rng.choice([None] * 20 + ["LOCAL", "REMOTE"]),
         }
+        if self.hybrid and rng.random() < 0.9:
+            self.of_a_group(event, blocks)
         return self.event("BlockStored", STORED, event)
+
+    def of_a_group(self, event, blocks):
+        rng = self.rng
+        group = rng.randrange(len(GROUPS))
+        kind, width, window = GROUPS[group]
+        size = width * SIZE if rng.random() < 0.97 else SIZE
+        if width > 1:
+            event["token_ids"] = [
+                token for _ in range(blocks * size // SIZE) for token in [rng.choice([1, 1, 2])] * SIZE
+            ]
+        if rng.random() < 0.2:  # named by hash alone: fewer names than the tokens have blocks
+            event["token_ids"] = [1] * size * (len(event["block_hashes"]) + 1)
+        event.update(
+            block_size=size, group_idx=group, kv_cache_spec_kind=kind, kv_cache_spec_sliding_window=window, medium="GPU"
+        )
 
     def removed(self):
         rng = self.rng
@@ -88,6 +107,8 @@ class Stream:
             "group_idx": rng.choice([0] * 20 + [None, 1, 63]),
             "locality": rng.choice([None] * 20 + ["LOCAL", "REMOTE"]),
         }
+        if self.hybrid:
+            event["group_idx"] = rng.randrange(len(GROUPS))
         return self.event("BlockRemoved", REMOVED, event)
 
     def cleared(self):

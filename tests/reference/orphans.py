@@ -10,9 +10,10 @@ MOST_ORPHANS = 1 << 16  # blocks; the bound on bytes has a test of its own
 class OrphanLot:
     def __init__(self) -> None:
         self.events: list[BlocksStored] = []  # oldest first
-        self.copies: Counter = Counter()  # (tier, engine hash) -> copies parked
-        self.removed: Counter = Counter()  # (tier, engine hash) -> removals noted
+        self.copies: Counter = Counter()  # (lane, engine hash) -> copies parked
+        self.removed: Counter = Counter()  # (lane, engine hash) -> removals noted
         self.blocks = 0
+        self.adopted = 0
         self.dropped = 0
 
     def link(self, event) -> None:
@@ -21,13 +22,13 @@ class OrphanLot:
 
     def park(self, event) -> None:
         self.link(event)
-        self.copies.update((event.tier, name) for name in event.hashes)
+        self.copies.update((event.lane, name) for name in event.hashes)
         while self.blocks > MOST_ORPHANS:
             oldest = self.events.pop(0)
             self.blocks -= len(oldest.hashes)
             self.dropped += len(oldest.hashes)
             for name in oldest.hashes:
-                self.release(oldest.tier, name)
+                self.release(oldest.lane, name)
 
     def adopt(self, hashes) -> list[BlocksStored]:
         if not self.events:
@@ -39,18 +40,18 @@ class OrphanLot:
         self.blocks -= sum(len(event.hashes) for event in found)
         return found
 
-    def release(self, tier, name) -> bool:
+    def release(self, lane, name) -> bool:
         """A copy is parked no longer; whether a removal was noted for it."""
-        self.copies[tier, name] -= 1
-        if not self.removed[tier, name]:
+        self.copies[lane, name] -= 1
+        if not self.removed[lane, name]:
             return False
-        self.removed[tier, name] -= 1
+        self.removed[lane, name] -= 1
         return True
 
-    def remove(self, tier, name) -> bool:
-        if self.removed[tier, name] >= self.copies[tier, name]:
+    def remove(self, lane, name) -> bool:
+        if self.removed[lane, name] >= self.copies[lane, name]:
             return False
-        self.removed[tier, name] += 1
+        self.removed[lane, name] += 1
         return True
 
     def clear(self) -> None:

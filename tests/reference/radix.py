@@ -66,6 +66,7 @@ class ReferenceTree:
     def __init__(self, block_size):
         self.block_size = block_size
         self.slots = {}
+        self.above = {}  # block -> the block before it
         self.duplicates = 0
         self.conflicts = 0
         self.unknown_removes = 0
@@ -94,16 +95,20 @@ class ReferenceTree:
         size = self.block_size
         for i, name in enumerate(engine_hashes):
             local = local_hash(tokens[i * size : (i + 1) * size], seed, (mm_hashes or {}).get(i, ()))
-            if block is None:
-                block = Block(local, 0, seed)
-            else:
-                block = Block(next_hash(block.seq, local), block.depth + 1, seed)
+            block = self._below(block, next_hash(block.seq, local)) if block else Block(local, 0, seed)
             self._name(self.slots[slot], name, block)
         return True
 
+    def _below(self, block, seq):
+        below = Block(seq, block.depth + 1, block.seed)
+        self.above[below] = block
+        return below
+
     def store_path(self, slot, seqs, seed):
-        for depth, seq in enumerate(seqs):
-            self._name(self.slots[slot], seq, Block(seq, depth, seed))
+        block = None
+        for seq in seqs:
+            block = self._below(block, seq) if block else Block(seq, 0, seed)
+            self._name(self.slots[slot], seq, block)
 
     def remove_path(self, slot, seqs):
         for seq in reversed(seqs):
@@ -116,6 +121,16 @@ class ReferenceTree:
                 self._name(self.slots[slot], name, self.slots[from_slot].names[name][0])
                 known += 1
         return known
+
+    def path_to(self, slot, name, width):
+        """The `width` blocks that end with the one a slot knows by this name; None when there are fewer."""
+        path = [self.slots[slot].names[name][0]]
+        while len(path) < width and path[0] in self.above:
+            path.insert(0, self.above[path[0]])
+        return path if len(path) == width else None
+
+    def store_at(self, slot, name, block):
+        self._name(self.slots[slot], name, block)
 
     def _name(self, slot, name, block):
         old, references = slot.names.get(name, (None, 0))

@@ -137,17 +137,89 @@ def test_an_offloaded_copy_without_tokens_is_known_by_its_hash(index):
     assert overlap(index, WORDS) == Overlap(0, 2)
 
 
-def test_windowed_groups_hold_no_prefixes(index):
+def test_an_offloaded_copy_that_is_stored_twice_goes_with_its_second_removal(index):
+    apply(index, A, stored([1], WORDS[:4]), *[stored([1], [], block_size=0, tier=Tier.HOST)] * 2, removed(1))
+    apply(index, A, removed(1, tier=Tier.HOST))
+    assert overlap(index, WORDS) == Overlap(0, 1)
+    apply(index, A, removed(1, tier=Tier.HOST))
+    assert (overlap(index, WORDS), index.blocks(A)) == (Overlap(), 0)
+
+
+def both_groups(blocks):
+    """A step of a model with full attention and a sliding window of 6 tokens: two blocks of 4."""
+    names = range(1, blocks + 1)
+    values = WORDS[: blocks * SIZE]
+    return [
+        stored(names, values, group=1, kind="sliding_window", window=6),
+        stored(names, values, group=0, kind="full_attention"),
+    ]
+
+
+def test_a_prefix_ends_where_the_window_before_its_end_is_held(index):
+    apply(index, A, *both_groups(4))
+    assert (overlap(index, WORDS), index.blocks(A)) == (Overlap(4), 4)
+    apply(index, A, removed(1, group=1))  # far behind the window of a long prompt, but a short one needs it
+    assert [overlap(index, WORDS[:end]) for end in (16, 12, 8, 4)] == [Overlap(4), Overlap(3), Overlap(), Overlap()]
+    apply(index, A, removed(3, group=1))
+    assert overlap(index, WORDS) == Overlap()
+    apply(index, A, stored([3], WORDS[8:12], parent=2, group=1, kind="sliding_window", window=6))
+    apply(index, A, removed(4, group=0))
+    assert overlap(index, WORDS) == Overlap(3)
+
+
+def test_a_group_may_name_its_blocks_by_hash_alone_before_their_tokens_come(index):
+    state = stored([2, 4], WORDS[:16], group=0, kind="mamba")  # of four blocks it keeps two states
+    apply(index, A, state, stored([1, 2, 3, 4], WORDS, group=1, kind="full_attention"))
+    assert [overlap(index, WORDS[:end]) for end in (16, 12, 8, 4)] == [Overlap(4), Overlap(2), Overlap(2), Overlap()]
+    apply(index, A, removed(4, group=0))
+    assert overlap(index, WORDS) == Overlap(2)
+
+
+def test_blocks_of_a_group_may_span_several_of_the_index(index, differing):
+    wide = stored([2, 4], WORDS, block_size=8, group=1, kind="sliding_window", window=9)
+    apply(index, A, stored([1, 2, 3, 4], WORDS, group=0, kind="full_attention"), wide)
+    other = [*WORDS[:12], 0, 0, 0, 0]
+    assert [overlap(index, tokens) for tokens in (WORDS, WORDS[:12], other)] == [Overlap(4), Overlap(2), Overlap(2)]
+    apply(index, A, removed(2, group=1))
+    assert [overlap(index, tokens) for tokens in (WORDS, WORDS[:12])] == [Overlap(4), Overlap()]
+    apply(index, A, removed(4, group=1))
+    assert (overlap(index, WORDS), index.blocks(A), differing) == (Overlap(), 4, [])
+
+
+def test_the_unit_divides_the_blocks_of_all_groups(differing):
+    index = KvIndex(None, lambda target, size: differing.append((target, size)))
+    index.add(A)
+    full = stored([2, 4], WORDS, block_size=8, group=0, kind="full_attention")
+    apply(index, A, full, stored([1, 2, 3, 4], WORDS, group=1, kind="sliding_window", window=5))
+    assert (index.block_size, overlap(index, WORDS), overlap(index, WORDS[:12])) == (4, Overlap(4), Overlap(2))
+    coarse = KvIndex(8, lambda target, size: differing.append((target, size)))
+    coarse.add(A)
+    apply(coarse, A, full, stored([1, 2, 3, 4], WORDS, group=1, kind="sliding_window", window=5))
+    assert differing[0] == (A, 4)
+
+
+def test_a_group_of_unknown_rule_is_told_of(index):
     apply(
         index,
         A,
         stored([1], WORDS[:4], group=0, kind="full_attention"),
-        stored([1], WORDS[:4], group=1, kind="sliding_window", window=8),
-        removed(1, group=1),
+        stored([1], WORDS[:4], group=1, kind="chunked_local_attention"),
     )
     assert overlap(index, WORDS) == Overlap(1)
-    apply(index, A, removed(1, group=0))
-    assert overlap(index, WORDS) == Overlap()
+    assert index.stream(A).unjudged.startswith("KV cache group 1 of its model is of a kind")
+
+
+def test_lower_tiers_of_several_groups(index):
+    apply(index, A, *both_groups(2))
+    for group in (0, 1):  # offloaded copies name their blocks by hash
+        apply(index, A, stored([1, 2], [], block_size=0, group=group, tier=Tier.HOST), removed(1, 2, group=group))
+    assert overlap(index, WORDS) == Overlap(0, 2)
+    apply(index, A, *both_groups(1))
+    assert overlap(index, WORDS) == Overlap(1, 1)
+    apply(index, A, removed(1, 2, group=1, tier=Tier.HOST))
+    assert overlap(index, WORDS) == Overlap(1)
+    index.remove(A)
+    assert index.stats()["blocks"] == 0
 
 
 def test_another_block_size_is_reported_and_not_indexed(index, differing):

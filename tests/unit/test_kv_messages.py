@@ -106,7 +106,7 @@ def test_batch_shapes(batch: Any, dp_rank: int | None) -> None:
 def test_what_is_no_batch(payload: bytes) -> None:
     with pytest.raises(CodecError):
         decode_batch(payload)
-    feed = KvFeed(lambda _: None, lambda _: 0)
+    feed = KvFeed(lambda *_: None, lambda *_: 0, lambda _: None)
     with pytest.raises(BatchError) as caught:
         feed.apply(payload)
     assert "HTTP" not in str(caught.value)
@@ -180,7 +180,7 @@ def test_a_broken_event_leaves_the_others(broken: Any) -> None:
 def test_depth_costs_nothing() -> None:
     """The twin's parser recurses and refuses the message; the compiled one leaves out the event."""
     deep = b"\x91" * 200_000 + b"\x90"
-    feed = KvFeed(lambda _: None, lambda _: 0)
+    feed = KvFeed(lambda *_: None, lambda *_: 0, lambda _: None)
     applied = feed.apply(b"\x92\x01\x93" + b"\x91\xb0AllBlocksCleared" + deep + encode(["BlockRemoved", [9]]))
     assert (applied.cleared, applied.skipped, applied.removed) == (True, 1, 1)
     with pytest.raises(BatchError):

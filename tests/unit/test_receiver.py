@@ -81,7 +81,7 @@ class Live:
         self.receiver, self.monitor = map(Receiver, self.sockets)
         self.log = BatchLog()
         self.applied: list[int] = []
-        self.feed = KvFeed(self.applied.append, lambda _: 0)
+        self.feed = KvFeed(lambda size, _: self.applied.append(size), lambda *_: 0, lambda _: None)
 
     def send(self, *seqs: int) -> None:
         for seq in seqs:
@@ -182,10 +182,10 @@ def test_large_batches_come_one_at_a_time(live):
 
 
 def test_a_defect_while_applying_is_not_swallowed(live):
-    def learn(_: int) -> None:
+    def learn(_size: int, _several_groups: bool) -> None:
         raise RuntimeError("a defect")
 
-    live.feed = KvFeed(learn, lambda _: 0)
+    live.feed = KvFeed(learn, lambda *_: 0, lambda _: None)
     live.send(0)
     with pytest.raises(RuntimeError, match="a defect"):
         live.deliver()

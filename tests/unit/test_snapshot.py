@@ -8,6 +8,7 @@ import pytest
 from kvrouter_grpc.events.sequence import StreamTracker, Verdict
 from kvrouter_grpc.routing import snapshot as form
 from kvrouter_grpc.routing.forecast import Forecast
+from kvrouter_grpc.routing.groups import HeldSlot
 from kvrouter_grpc.routing.index import KvIndex
 from kvrouter_grpc.routing.snapshot import Part, Snapshot, SnapshotError
 from kvrouter_grpc.routing.stream import StreamPosition
@@ -103,17 +104,19 @@ def test_bytes_that_carry_their_checksum_may_still_lie():
         part._replace(position=POSITION._replace(next_seq=0)),
         part._replace(position=POSITION._replace(next_seq=2**63)),
         part._replace(position=POSITION._replace(known=42)),
-        part._replace(slots=tuple((Tier.HOST, b"") for _ in range(65))),
+        part._replace(slots=(HeldSlot(0, Tier.HOST, b""),) * 257),
+        part._replace(groups=part.groups * 257),
     ):
         with pytest.raises(SnapshotError):
             Snapshot.read(form.head(ENDPOINT, SIZE, 0) + form.framed(lie) + form.tail(1), ENDPOINT)
     rng = random.Random(5)
-    device = part.slots[0][1]
+    device = part.slots[0].data
     for _ in range(300):
         image = bytearray(device)
         for _ in range(rng.randint(1, 3)):
             image[rng.randrange(len(image))] = rng.randrange(256)
-        lie = part._replace(slots=((Tier.HOST, device), (Tier.DEVICE, bytes(image[: rng.randint(1, len(image))]))))
+        held = (HeldSlot(0, Tier.HOST, device), HeldSlot(0, Tier.DEVICE, bytes(image[: rng.randint(1, len(image))])))
+        lie = part._replace(slots=held)
         index = make(A)
         try:
             lie.restore(index, None)
@@ -123,6 +126,38 @@ def test_bytes_that_carry_their_checksum_may_still_lie():
         overlap(index, A, [1, 2, 3])
         index.remove(A)
         assert index.stats()["bytes"] == 0
+
+
+def test_groups_that_cannot_be_are_refused():
+    part = Part.of(filled(), A, None)
+    (facts,) = part.groups
+    for lie in (
+        part._replace(groups=()),  # of which the slots would be
+        part._replace(groups=(facts,) * 65),
+        part._replace(groups=(facts._replace(block_size=SIZE + 1),)),
+        part._replace(groups=(facts._replace(block_size=SIZE << 20),)),
+    ):
+        index = make(A)
+        with pytest.raises(SnapshotError):
+            Part.decode(memoryview(lie.encode())).restore(index, None)
+        assert index.blocks(A) == 0
+
+
+def test_the_groups_of_a_hybrid_model_come_back():
+    index = make(A)
+    window = {"group": 0, "kind": "sliding_window", "window": SIZE + 1}
+    names, tokens = [1, 2, 3, 4], list(range(4 * SIZE))
+    events = [BlocksStored(array("Q", names), None, array("I", tokens), SIZE, **window)]
+    events.append(BlocksStored(array("Q", names), None, array("I", tokens), SIZE, group=1, kind="full_attention"))
+    gone = BlocksRemoved(array("Q", [4]), group=0)
+    index.apply_payload(A, encode_batch([*events, gone]))
+    index.stream(A).resume_at = None
+    again = make(A)
+    again.restore(A, POSITION, *index.write(A))
+    seqs = again.sequence(Prompt(array("I", tokens)))
+    assert again.overlaps(seqs, [A]) == index.overlaps(seqs, [A]) == [Overlap(3)]
+    again.apply_payload(A, encode_batch([BlocksRemoved(array("Q", [3]), group=0)]))
+    assert again.overlaps(seqs, [A]) == [Overlap(2)]
 
 
 @pytest.mark.parametrize(

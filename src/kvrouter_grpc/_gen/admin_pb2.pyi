@@ -144,6 +144,8 @@ class StreamStatus(_message.Message):
     BEHIND_FIELD_NUMBER: _builtins.int
     RESYNCS_FIELD_NUMBER: _builtins.int
     HITS_FIELD_NUMBER: _builtins.int
+    ORPHANS_ADOPTED_FIELD_NUMBER: _builtins.int
+    ORPHANS_DROPPED_FIELD_NUMBER: _builtins.int
     dp_rank: _builtins.int
     """The rank."""
     state: _common_pb2.StreamState.ValueType
@@ -180,6 +182,10 @@ class StreamStatus(_message.Message):
     """Messages known to be published and not applied yet."""
     resyncs: _builtins.int
     """Times the picture was begun anew because it had foretold wrongly."""
+    orphans_adopted: _builtins.int
+    """Blocks whose parent appeared after them."""
+    orphans_dropped: _builtins.int
+    """Blocks given up because too many waited for a parent."""
     @_builtins.property
     def last_event_age(self) -> _duration_pb2.Duration:
         """Time since the last event; absent before the first."""
@@ -216,10 +222,12 @@ class StreamStatus(_message.Message):
         behind: _builtins.int = ...,
         resyncs: _builtins.int = ...,
         hits: Global___HitPrediction | None = ...,
+        orphans_adopted: _builtins.int = ...,
+        orphans_dropped: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_last_seq", b"_last_seq", "freshness_parts", b"freshness_parts", "hits", b"hits", "last_event_age", b"last_event_age", "last_seq", b"last_seq"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_last_seq", b"_last_seq", "batches", b"batches", "behind", b"behind", "blocks", b"blocks", "decode_failures", b"decode_failures", "detail", b"detail", "dp_rank", b"dp_rank", "freshness", b"freshness", "freshness_parts", b"freshness_parts", "gaps", b"gaps", "hits", b"hits", "last_event_age", b"last_event_age", "last_seq", b"last_seq", "lost", b"lost", "missed", b"missed", "orphans", b"orphans", "partial", b"partial", "replays", b"replays", "restarts", b"restarts", "resyncs", b"resyncs", "skipped_events", b"skipped_events", "state", b"state"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_last_seq", b"_last_seq", "batches", b"batches", "behind", b"behind", "blocks", b"blocks", "decode_failures", b"decode_failures", "detail", b"detail", "dp_rank", b"dp_rank", "freshness", b"freshness", "freshness_parts", b"freshness_parts", "gaps", b"gaps", "hits", b"hits", "last_event_age", b"last_event_age", "last_seq", b"last_seq", "lost", b"lost", "missed", b"missed", "orphans", b"orphans", "orphans_adopted", b"orphans_adopted", "orphans_dropped", b"orphans_dropped", "partial", b"partial", "replays", b"replays", "restarts", b"restarts", "resyncs", b"resyncs", "skipped_events", b"skipped_events", "state", b"state"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__last_seq: _TypeAlias = _typing.Literal["last_seq"]  # noqa: Y015
     _WhichOneofArgType__last_seq: _TypeAlias = _typing.Literal["_last_seq", b"_last_seq"]  # noqa: Y015

@@ -8,7 +8,8 @@
 from libc.math cimport exp, tanh
 from libc.stdint cimport int64_t, uint32_t
 
-from kvrouter_grpc.core.target cimport TIERS, Target, active_blocks
+from kvrouter_grpc.core.overlap cimport Overlap, overlap_total
+from kvrouter_grpc.core.target cimport Target, active_blocks
 
 
 cdef enum Formula:
@@ -51,16 +52,6 @@ cdef struct Ask:
     uint32_t most_waiting  # requests without a first token, of all targets asked
     double least_new  # tokens to compute, of the target asked that lacks the fewest
     double regret  # tokens that requests have waited for the same prefix rather than have it computed once more
-
-
-# What one target has of the prompt.
-cdef struct Overlap:
-    uint32_t tiers[TIERS]  # blocks, each tier going on where the one before ends
-    uint32_t in_flight  # leading blocks that requests in flight pin: they will be cached before this one is computed
-
-
-cdef inline int64_t overlap_total(const Overlap* overlap) noexcept nogil:
-    return <int64_t>overlap.tiers[0] + overlap.tiers[1] + overlap.tiers[2] + overlap.tiers[3]
 
 
 cdef inline void ask_init(Ask* ask, int64_t tokens, int64_t output_tokens, int64_t block_size) noexcept nogil:

@@ -20,8 +20,9 @@ from libc.stdlib cimport calloc, free, realloc
 from libc.string cimport memcpy
 
 from kvrouter_grpc.core.block_hash cimport as_u64, chain_hashes, local_hashes, rehash_multimodal, sequence_run
-from kvrouter_grpc.core.cost cimport MOST_TERMS, Ask, Overlap, ask_init, cached_tokens, new_tokens
+from kvrouter_grpc.core.cost cimport MOST_TERMS, Ask, ask_init, cached_tokens, new_tokens
 from kvrouter_grpc.core.mode cimport LOWEST_COST, Caller, mode_scores
+from kvrouter_grpc.core.overlap cimport Overlap
 from kvrouter_grpc.core.pick cimport Dice, pick_lowest, pick_softmax
 from kvrouter_grpc.core.policy cimport Policy
 from kvrouter_grpc.core.question cimport Question, question_compare, question_costs, question_loss, question_target
@@ -180,8 +181,9 @@ cdef class Decider:
         # Finds what every slot and every row has of the prompt.
         cdef TargetTable table = self.table
         question.targets = table.rows
-        question.slots = 0
-        question.path = 0
+        question.ledgers = table.ledgers
+        question.found.slots = 0
+        question.found.path = 0
         _room(<void**>&self.in_flight, &self.in_flight_capacity, table.pins.tree.slot_count, sizeof(uint32_t))
         tree_match(&table.pins.tree, self.seqs, self.blocks, self.in_flight)
         question.in_flight = self.in_flight
@@ -189,12 +191,12 @@ cdef class Decider:
             return 0
         _room(<void**>&self.held, &self.held_capacity, table.index.tree.slot_count, sizeof(uint32_t))
         tree_match(&table.index.tree, self.seqs, self.blocks, self.held)
-        question.held = self.held
-        question.slots = table.index.tree.slot_count
-        if table.with_lower_tiers != 0:
+        question.found.held = self.held
+        question.found.slots = table.index.tree.slot_count
+        if table.on_path != 0:
             _room(<void**>&self.steps, &self.steps_capacity, self.blocks, sizeof(Step))
-            question.path = tree_path(&table.index.tree, self.seqs, self.blocks, self.steps)
-            question.steps = self.steps
+            question.found.path = tree_path(&table.index.tree, self.seqs, self.blocks, self.steps)
+            question.found.steps = self.steps
         return 0
 
     # --- the choice --------------------------------------------------------------------------------------------------

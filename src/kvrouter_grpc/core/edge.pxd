@@ -12,12 +12,14 @@ from libc.string cimport memmove, memset
 
 from kvrouter_grpc.core.holes cimport (
     Holes,
+    holes_below,
     holes_clear,
     holes_fit,
     holes_free,
     holes_set,
     holes_set_range,
     holes_span,
+    holes_span_back,
     holes_test,
     holes_top,
 )
@@ -224,6 +226,26 @@ cdef inline uint32_t cover_span(const Edge* edge, uint32_t at, uint32_t block) n
         return edge.covers[at].held - block
     holes = cover_holes(edge, at)
     return 0 if holes == NULL or holes.count == 0 else holes_span(holes, edge.start + block)
+
+
+cdef inline uint32_t cover_span_back(const Edge* edge, uint32_t at, uint32_t block) noexcept nogil:
+    """How many blocks right before `block` the slot holds without a gap."""
+    cdef Holes* holes
+    if block <= edge.covers[at].held:
+        return block
+    holes = cover_holes(edge, at)
+    return 0 if holes == NULL or holes.count == 0 else holes_span_back(holes, edge.start + block)
+
+
+cdef inline uint32_t cover_below(const Edge* edge, uint32_t at, uint32_t block) noexcept nogil:
+    """The block after the highest one below `block` that the slot holds; 0: it holds none there."""
+    cdef Holes* holes
+    cdef uint32_t top
+    if block <= edge.covers[at].held:
+        return block
+    holes = cover_holes(edge, at)
+    top = 0 if holes == NULL or holes.count == 0 else holes_below(holes, edge.start + block)
+    return top - edge.start if top != 0 else edge.covers[at].held
 
 
 cdef inline bint cover_is_empty(const Edge* edge, uint32_t at) noexcept nogil:

@@ -142,11 +142,39 @@ cdef inline uint32_t holes_span(const Holes* holes, uint32_t offset) noexcept no
     return bit - begin
 
 
+cdef inline uint32_t holes_span_back(const Holes* holes, uint32_t offset) noexcept nogil:
+    """How many bits right before `offset` are set without a gap."""
+    cdef uint32_t bit = offset - holes.first
+    cdef uint32_t begin = bit
+    cdef uint32_t last
+    cdef uint64_t clear
+    if bit > holes.words << 6:
+        return 0
+    while bit != 0:
+        last = bit - 1
+        clear = ~_bits(holes)[last >> 6] << (63 - (last & 63))
+        if clear != 0:
+            return begin - bit + <uint32_t>__builtin_clzll(clear)
+        bit = last & ~<uint32_t>63
+    return begin
+
+
+cdef inline uint32_t holes_below(const Holes* holes, uint32_t offset) noexcept nogil:
+    """The offset after the highest set bit below `offset`; 0 when none is set there."""
+    cdef uint32_t bit = offset - holes.first
+    cdef uint32_t last
+    cdef uint64_t bits
+    if bit > holes.words << 6:
+        bit = holes.words << 6
+    while bit != 0:
+        last = bit - 1
+        bits = _bits(holes)[last >> 6] << (63 - (last & 63))
+        if bits != 0:
+            return holes.first + bit - <uint32_t>__builtin_clzll(bits)
+        bit = last & ~<uint32_t>63
+    return 0
+
+
 cdef inline uint32_t holes_top(const Holes* holes) noexcept nogil:
     """The offset after the highest set bit; 0 when none is set."""
-    cdef uint32_t word = holes.words
-    while word > 0:
-        word -= 1
-        if _bits(holes)[word] != 0:
-            return holes.first + (word << 6) + 64 - <uint32_t>__builtin_clzll(_bits(holes)[word])
-    return 0
+    return holes_below(holes, holes.first + (holes.words << 6))

@@ -1,5 +1,6 @@
 from libc.stdint cimport int32_t, uint32_t, uint64_t
 
+from kvrouter_grpc.core.cache_group cimport CacheGroup
 from kvrouter_grpc.core.edge cimport Edge
 from kvrouter_grpc.core.kv_fields cimport Event
 from kvrouter_grpc.core.msgpack cimport Span
@@ -17,23 +18,30 @@ cdef class Applied:
 cdef class KvFeed:
     cdef object learn
     cdef object place
+    cdef object arrange
     cdef RadixTree tree  # None until the first blocks with tokens
-    cdef uint32_t block_size  # 0 until then
-    cdef int32_t[4] slots  # by tier; -1: none yet
-    cdef public uint64_t other_groups  # bit set of the KV cache groups that hold no prefixes
+    cdef CacheGroup* groups  # by their index
+    cdef uint32_t group_count  # more than one: the model is a hybrid
+    cdef bint rearranged  # the owner has to be told
+    cdef bint postponed  # a store waits for the others of its step
     cdef Lot lot
     cdef bint closed
 
     cdef int take(self, Span payload, Applied applied) except -1
+    cdef int _meet(self) except -1
+    cdef int _make_groups(self, uint32_t count) except -1
     cdef int _apply(self, Event* event, Applied applied) except -1
+    cdef int _catch_up(self, uint64_t first, uint64_t end) except -1
     cdef int _stored(self, Event* event) except -1
-    cdef bint _learn(self, uint32_t block_size) except? False
-    cdef int _place(self, uint32_t tier) except -1
-    cdef bint _store(self, Event* event) except? False
-    cdef Edge* _find(self, uint32_t tier, uint64_t name, uint32_t* block) noexcept
-    cdef int _store_known(self, Event* event) except -1
+    cdef void _forget(self, CacheGroup* group) noexcept
+    cdef bint _learn(self, CacheGroup* group, uint32_t block_size) except? False
+    cdef int _place(self, uint32_t lane) except -1
+    cdef int32_t _slot(self, uint32_t lane) noexcept
+    cdef bint _store(self, const Event* event) except? False
+    cdef Edge* _find(self, uint32_t lane, uint64_t name, uint32_t* block) noexcept
+    cdef int _store_known(self, const Event* event) except -1
     cdef Orphan* _gather(self, const uint64_t* names, uint32_t count, Orphan* pending) noexcept
     cdef int _adopt(self, Event* event) except -1
     cdef bint _store_orphan(self, Orphan* orphan) except? False
     cdef int _removed(self, Event* event) except -1
-    cdef int _remove(self, uint32_t tier, const uint64_t* names, uint32_t count) except -1
+    cdef int _remove(self, uint32_t lane, const uint64_t* names, uint32_t count) except -1

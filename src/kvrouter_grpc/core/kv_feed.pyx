@@ -1,11 +1,11 @@
 """`KvFeed`: from the bytes of an engine's event messages into the tree, in one pass and without objects in between.
 
-    kv_feed.pyx   what events do          kv_batch.pxd    the message around the events
-    orphans.pxd   stores that must wait   kv_event.pxd    one event, both generations
-    stack.pxd     memory used again       kv_fields.pxd   its fields
-                                          extra_keys.pxd  salts, adapters, images
-                                          kv_words.pxd    names and their meaning
-                                          msgpack.pxd     bytes to numbers and texts
+    kv_feed.pyx      what events do          kv_batch.pxd    the message around the events
+    orphans.pxd      stores that must wait   kv_event.pxd    one event, both generations
+    cache_group.pxd  groups of a hybrid      kv_fields.pxd   its fields
+    wide.pxd         their larger blocks     extra_keys.pxd  salts, adapters, images
+    stack.pxd        memory used again       kv_words.pxd    names and their meaning
+                                             msgpack.pxd     bytes to numbers and texts
 """
 
 import os
@@ -15,22 +15,30 @@ from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_GET_SIZE
 from libc.stdint cimport int32_t, int64_t, uint8_t, uint32_t, uint64_t
 from libc.string cimport memset
 
-from kvrouter_grpc.core.block_hash cimport chain_hashes, local_hashes
+from kvrouter_grpc.core.block_hash cimport LARGEST_BLOCK, chain_hashes, local_hashes
+from kvrouter_grpc.core.cache_group cimport (
+    UNPLACED,
+    CacheGroup,
+    group_init,
+    group_is_judged,
+    group_tell,
+    groups_told,
+    unit_told,
+)
 from kvrouter_grpc.core.edge cimport Edge
 from kvrouter_grpc.core.extra_keys cimport Mark, mark_blocks
 from kvrouter_grpc.core.hash_table cimport table_find
 from kvrouter_grpc.core.kv_batch cimport NO_BATCH, NO_MEMORY, TOO_MANY_EVENTS, Reading, batch_reset, read_batch
 from kvrouter_grpc.core.kv_event cimport read_event
-from kvrouter_grpc.core.kv_fields cimport Batch, Event
+from kvrouter_grpc.core.kv_fields cimport MOST_NAMES, Batch, Event
 from kvrouter_grpc.core.kv_words cimport (
     EVENT_BROKEN,
     EVENT_CLEARED,
     EVENT_REMOVED,
     EVENT_STORED,
     KV_TIERS,
-    SPEC_OTHER,
-    SPEC_PREFIX,
 )
+from kvrouter_grpc.core.memory cimport release, resize
 from kvrouter_grpc.core.msgpack cimport Cursor, Span, cursor_over
 from kvrouter_grpc.core.orphans cimport (
     Orphan,
@@ -46,12 +54,14 @@ from kvrouter_grpc.core.orphans cimport (
     orphan_names,
 )
 from kvrouter_grpc.core.radix_tree cimport RadixTree
-from kvrouter_grpc.core.slot cimport slot_clear, slot_copy, slot_remove, slot_store
+from kvrouter_grpc.core.slot cimport slot_clear, slot_remove, slot_store
 from kvrouter_grpc.core.stack cimport stack_push
-from kvrouter_grpc.core.tree cimport DEEPEST, edge_depth
+from kvrouter_grpc.core.target cimport MOST_GROUPS
+from kvrouter_grpc.core.tree cimport DEEPEST, Tree, edge_depth
+from kvrouter_grpc.core.wide cimport wide_names, wide_remove, wide_store
 
-cdef enum:
-    UNPLACED = -1
+# By `spec`. What is "other" cannot be judged, what is "nothing" has no part in a prefix.
+KINDS = ("", "prefix", "window", "state", "nothing", "other")
 
 cdef uint64_t SALT = int.from_bytes(os.urandom(8), "little")
 
@@ -74,21 +84,25 @@ cdef class Applied:
 cdef class KvFeed:
     """Applies the messages of one target's event stream; the full description is in `kv_feed.pyi`."""
 
-    def __cinit__(self, learn, place):
-        cdef int tier
+    def __cinit__(self, learn, place, arrange):
         lot_init(&self.lot, SALT)
-        for tier in range(KV_TIERS):
-            self.slots[tier] = UNPLACED
         self.learn = learn
         self.place = place
+        self.arrange = arrange
 
     def __dealloc__(self):
         lot_clear(&self.lot)
+        release(&self.lot.meter, self.groups, self.group_count * sizeof(CacheGroup))
 
     @property
     def orphans(self):
         """Blocks that wait for their parent."""
         return self.lot.blocks
+
+    @property
+    def adopted(self):
+        """Orphans whose parent appeared."""
+        return self.lot.adopted
 
     @property
     def dropped(self):
@@ -97,32 +111,52 @@ cdef class KvFeed:
 
     @property
     def bytes(self):
-        """Memory of the orphans."""
+        """Memory of the orphans and groups."""
         return self.lot.meter.used
 
-    def adopt(self, RadixTree tree not None, tier, slot):
-        """What the target holds in a tier is in this slot already."""
-        if not isinstance(tier, int) or not 0 <= tier < KV_TIERS:
-            raise ValueError(f"tier must be an integer in 0..{KV_TIERS - 1}, not {tier!r}")
-        self.slots[<uint32_t>tier] = <int32_t>tree._slot(slot)
+    def adopt(self, RadixTree tree not None, uint32_t index, kind, uint32_t window, uint32_t block_size, slots):
+        """A KV cache group is known already, and what it holds is in these slots."""
+        cdef CacheGroup* group
+        cdef uint32_t tier
+        if index >= MOST_GROUPS or kind not in KINDS or block_size > LARGEST_BLOCK or block_size % tree.block_size:
+            raise ValueError(f"group {index} of kind {kind!r} with blocks of {block_size} tokens")
+        self._make_groups(index + 1)
         self.tree = tree
-        self.block_size = tree.block_size
+        group = &self.groups[index]
+        group.spec = KINDS.index(kind)
+        group.window = window
+        group.block_size = block_size
+        group.width = block_size // tree.block_size
+        for tier, slot in slots.items():
+            if tier >= <uint32_t>KV_TIERS:
+                raise ValueError(f"tier must be in 0..{KV_TIERS - 1}, not {tier}")
+            group.slots[tier] = <int32_t>tree._slot(slot)
+
+    def cache_groups(self):
+        """What is known of the KV cache groups, by their index."""
+        cdef uint32_t i
+        cdef CacheGroup* group
+        found = []
+        for i in range(self.group_count):
+            group = &self.groups[i]
+            slots = tuple([None if slot == UNPLACED else slot for slot in group.slots])
+            found.append((KINDS[group.spec], group.window, group.block_size, group.width, slots))
+        return found
 
     def clear(self):
         """Forgets all that the target holds."""
-        cdef int tier
+        cdef uint32_t i
         lot_clear(&self.lot)
-        for tier in range(KV_TIERS):
-            if self.slots[tier] != UNPLACED:
-                slot_clear(&self.tree.tree, <uint32_t>self.slots[tier])
+        for i in range(self.group_count):
+            self._forget(&self.groups[i])
 
     def close(self):
         """Ends the feed; its slots are no longer its own."""
-        cdef int tier
         self.closed = True
         lot_clear(&self.lot)
-        for tier in range(KV_TIERS):
-            self.slots[tier] = UNPLACED
+        release(&self.lot.meter, self.groups, self.group_count * sizeof(CacheGroup))
+        self.groups = NULL
+        self.group_count = 0
 
     def apply(self, bytes payload not None):
         """Applies one message; see `kv_feed.pyi`."""
@@ -136,6 +170,8 @@ cdef class KvFeed:
     cdef int take(self, Span payload, Applied applied) except -1:
         # Applies one message and adds what it did.
         cdef Reading reading
+        cdef Event* event
+        cdef uint64_t first = 0
         cdef uint64_t i
         if self.closed:
             return 0
@@ -147,12 +183,23 @@ cdef class KvFeed:
                 raise BatchError("the batch has too many events")
             if reading == NO_MEMORY:
                 raise MemoryError
+            self._meet()
             for i in range(batch.events.used // sizeof(Event)):
                 if self.closed:
                     break
-                self._apply(<Event*>batch.events.data + i, applied)
+                event = <Event*>batch.events.data + i
+                if self.postponed and (event.kind == EVENT_REMOVED or event.kind == EVENT_CLEARED):
+                    self._catch_up(first, i)
+                    first = i
+                self._apply(event, applied)
+            if self.postponed:
+                self._catch_up(first, batch.events.used // sizeof(Event))
         finally:
+            self.postponed = False
             batch_reset(&batch)
+            if self.rearranged and not self.closed:
+                self.rearranged = False
+                self.arrange(self.cache_groups())
         return 0
 
     cdef int _apply(self, Event* event, Applied applied) except -1:
@@ -169,29 +216,103 @@ cdef class KvFeed:
             applied.skipped += 1
         return 0
 
+    # --- KV cache groups -------------------------------------------------------------------------------------------
+
+    cdef int _meet(self) except -1:
+        # Makes room for groups that are new, before anything is applied: a model that has several tells of all of them
+        # in one message, and then the tree has to count in a unit that divides the blocks of all.
+        cdef uint32_t count = groups_told(&batch, self.group_count)
+        cdef uint32_t unit
+        if count == self.group_count:
+            return 0
+        self._make_groups(count)
+        self.rearranged = True
+        if self.tree is None and count > 1:
+            unit = unit_told(&batch)
+            if unit != 0:
+                self.tree = self.learn(unit, True)
+        return 0
+
+    cdef int _make_groups(self, uint32_t count) except -1:
+        # Makes room for this many groups at least.
+        cdef CacheGroup* groups
+        if count <= self.group_count:
+            return 0
+        groups = <CacheGroup*>resize(
+            &self.lot.meter, self.groups, self.group_count * sizeof(CacheGroup), count * sizeof(CacheGroup)
+        )
+        if groups == NULL:
+            raise MemoryError
+        self.groups = groups
+        while self.group_count < count:
+            group_init(&self.groups[self.group_count])
+            self.group_count += 1
+        return 0
+
+    cdef void _forget(self, CacheGroup* group) noexcept:
+        # Drops all that a group holds.
+        cdef int tier
+        for tier in range(KV_TIERS):
+            if group.slots[tier] != UNPLACED:
+                slot_clear(&self.tree.tree, <uint32_t>group.slots[tier])
+
+    cdef bint _learn(self, CacheGroup* group, uint32_t block_size) except? False:
+        # Whether blocks of this size, new for the group, are indexed.
+        cdef RadixTree tree
+        if self.group_count > 1 and block_size < group.block_size:
+            return False  # the tail of a prompt in a part of a block: no hit ends there
+        tree = self.learn(block_size, self.group_count > 1)
+        if tree is None or self.closed or block_size % tree.block_size:
+            return False
+        self.tree = tree
+        self._forget(group)
+        group.block_size = block_size
+        group.width = block_size // tree.block_size
+        self.rearranged = True
+        return True
+
+    cdef int _place(self, uint32_t lane) except -1:
+        cdef int32_t slot = <int32_t>self.tree._slot(self.place(lane // KV_TIERS, lane % KV_TIERS))
+        if self.closed:
+            raise ValueError("the feed was closed while it asked for a slot")
+        self.groups[lane // KV_TIERS].slots[lane % KV_TIERS] = slot
+        self.rearranged = True
+        return 0
+
+    cdef int32_t _slot(self, uint32_t lane) noexcept:
+        return self.groups[lane // KV_TIERS].slots[lane % KV_TIERS]
+
     # --- stores --------------------------------------------------------------------------------------------------
 
     cdef int _stored(self, Event* event) except -1:
-        cdef uint64_t group = <uint64_t>1 << event.group
-        if event.spec == SPEC_OTHER:
-            self.other_groups |= group
+        cdef CacheGroup* group = &self.groups[event.group]
+        cdef uint32_t lane = event.group * KV_TIERS + event.tier
+        if group_tell(group, event):
+            self._forget(group)  # what it held was to be judged in another way
+            self.rearranged = True
+        if not group_is_judged(group):
             return 0
-        if event.spec == SPEC_PREFIX:
-            self.other_groups &= ~group
-        if event.has_tokens and event.block_size != self.block_size and not self._learn(event.block_size):
-            return 0
+        if event.block_size != group.block_size and (event.has_tokens or (self.group_count > 1 and event.block_size)):
+            if not self._learn(group, event.block_size):
+                return 0
         if self.tree is None:
             return 0  # blocks without tokens before any with: there is nothing to name them by
-        if self.slots[event.tier] == UNPLACED:
-            self._place(event.tier)
+        if event.mark_count and group.width > 1:
+            event.has_tokens = False  # which of the blocks show the objects is not told
         if not event.has_tokens:
-            return self._store_known(event)
+            # The groups of a model tell of a step one after the other, in any order: one that names its blocks by hash
+            # alone may have to wait for the one that tells their tokens.
+            event.postponed = self.group_count > 1
+            self.postponed |= event.postponed
+            return 0 if event.postponed else self._store_known(event)
+        if self._slot(lane) == UNPLACED:
+            self._place(lane)
         if self._store(event):
             return 0 if self.lot.oldest == NULL else self._adopt(event)
         if lot_park(
             &self.lot,
             event.parent,
-            event.tier,
+            lane,
             <uint64_t*>(batch.names.data + event.names),
             event.count,
             event.raw,
@@ -199,93 +320,99 @@ cdef class KvFeed:
             raise MemoryError
         return 0
 
-    cdef bint _learn(self, uint32_t block_size) except? False:
-        # Whether blocks of this size are indexed.
-        cdef RadixTree tree = self.learn(block_size)
-        if tree is None or self.closed:
-            return False
-        self.tree = tree
-        self.block_size = block_size
-        return True
-
-    cdef int _place(self, uint32_t tier) except -1:
-        self.slots[tier] = <int32_t>self.tree._slot(self.place(tier))
+    cdef int _catch_up(self, uint64_t first, uint64_t end) except -1:
+        # Stores what was postponed among these events.
+        cdef uint64_t i
+        self.postponed = False
+        for i in range(first, end):
+            if self.closed:
+                break
+            if (<Event*>batch.events.data + i).postponed:
+                self._store_known(<Event*>batch.events.data + i)
         return 0
 
-    cdef bint _store(self, Event* event) except? False:
+    cdef bint _store(self, const Event* event) except? False:
         # False: nobody knows the parent.
+        cdef uint32_t lane = event.group * KV_TIERS + event.tier
+        cdef uint32_t width = self.groups[event.group].width
+        cdef uint32_t count = event.count * width
         cdef uint64_t seed = event.seed
         cdef const uint64_t* parent_seq = NULL
         cdef const uint32_t* tokens = <uint32_t*>(batch.tokens.data + event.tokens)
+        cdef uint64_t* names = <uint64_t*>(batch.names.data + event.names)
         cdef uint64_t* seqs
         cdef uint64_t offset = 0
         cdef uint32_t block = 0
         cdef Edge* edge = NULL
         if event.has_parent:
-            edge = self._find(event.tier, event.parent, &block)
+            edge = self._find(lane, event.parent, &block)
             if edge == NULL:
                 return False
             parent_seq = &edge.run.hashes[edge.start + block]
             seed = edge.run.seed
             block += 1
-            if edge_depth(edge) + block + event.count > DEEPEST:
+            if edge_depth(edge) + block + count > DEEPEST:
                 return True  # deeper than any prompt: left out
         batch.seqs.used = 0
-        seqs = <uint64_t*>stack_push(&batch.seqs, event.count * sizeof(uint64_t), &offset)
+        seqs = <uint64_t*>stack_push(&batch.seqs, (2 * count if width > 1 else count) * sizeof(uint64_t), &offset)
         if seqs == NULL:
             raise MemoryError
-        local_hashes(tokens, event.count, self.block_size, seed, seqs)
+        local_hashes(tokens, count, self.tree.block_size, seed, seqs)
         if event.mark_count and mark_blocks(
             <Mark*>(batch.marks.data + event.marks),
             event.mark_count,
             tokens,
-            event.count,
-            self.block_size,
+            count,
+            self.tree.block_size,
             seed,
             &batch.bytes,
             seqs,
         ):
             raise MemoryError
-        chain_hashes(seqs, event.count, parent_seq)
-        if slot_store(
-            &self.tree.tree,
-            <uint32_t>self.slots[event.tier],
-            edge,
-            block,
-            seed,
-            <uint64_t*>(batch.names.data + event.names),
-            seqs,
-            event.count,
-        ):
+        chain_hashes(seqs, count, parent_seq)
+        if width > 1:
+            wide_names(names, seqs, event.count, width, seqs + count)
+            names = seqs + count
+        if slot_store(&self.tree.tree, <uint32_t>self._slot(lane), edge, block, seed, names, seqs, count):
             raise MemoryError("the index is full")
         return True
 
-    cdef Edge* _find(self, uint32_t tier, uint64_t name, uint32_t* block) noexcept:
-        # The tier itself is asked first, then the others, nearest first.
-        cdef Edge* edge = self.tree._find(<uint32_t>self.slots[tier], name, block)
-        cdef int other
-        for other in range(KV_TIERS):
-            if edge != NULL:
-                break
-            if other != <int>tier and self.slots[other] != UNPLACED:
-                edge = self.tree._find(<uint32_t>self.slots[other], name, block)
+    cdef Edge* _find(self, uint32_t lane, uint64_t name, uint32_t* block) noexcept:
+        # The lane itself is asked first, then all, nearest tier of the first group first.
+        cdef Edge* edge = NULL
+        cdef uint32_t other = lane
+        cdef int32_t slot
+        cdef uint32_t i
+        for i in range(self.group_count * KV_TIERS + 1):
+            slot = self._slot(other)
+            if slot != UNPLACED:
+                edge = self.tree._find(<uint32_t>slot, name, block)
+                if edge != NULL:
+                    break
+            other = i
         return edge
 
-    cdef int _store_known(self, Event* event) except -1:
-        # An offloaded copy named by hash alone: another tier of the same rank knows what the hash stands for.
-        cdef int other
-        cdef int64_t known = 0
-        for other in range(KV_TIERS):
-            if other != <int>event.tier and self.slots[other] != UNPLACED and known == 0:
-                known = slot_copy(
-                    &self.tree.tree,
-                    <uint32_t>self.slots[event.tier],
-                    <uint32_t>self.slots[other],
-                    <uint64_t*>(batch.names.data + event.names),
-                    event.count,
-                )
-                if known < 0:
-                    raise MemoryError("the index is full")
+    cdef int _store_known(self, const Event* event) except -1:
+        # Blocks named by hash alone: an offloaded copy, or those that a group without all blocks of a prompt has kept.
+        # Another lane of the same rank may know what the hashes stand for.
+        cdef uint32_t lane = event.group * KV_TIERS + event.tier
+        cdef uint32_t width = self.groups[event.group].width
+        cdef const uint64_t* names = <uint64_t*>(batch.names.data + event.names)
+        cdef uint32_t block = 0
+        cdef Edge* edge
+        cdef uint32_t i
+        if event.count != 0 and self._slot(lane) == UNPLACED:
+            self._place(lane)
+        if width == 0:
+            width = 1
+        if <uint64_t>event.count * width > MOST_NAMES:
+            return 0
+        for i in range(event.count):
+            edge = self._find(lane, names[i], &block)
+            if edge != NULL and wide_store(
+                &self.tree.tree, <uint32_t>self._slot(lane), edge, block, width, names[i], &batch.seqs
+            ):
+                raise MemoryError("the index is full")
         return 0
 
     # --- orphans -------------------------------------------------------------------------------------------------
@@ -329,45 +456,62 @@ cdef class KvFeed:
         # False: the parent is gone again, by a removal that was noted for another orphan.
         cdef Cursor cursor = cursor_over(orphan_event(orphan))
         cdef Batch before = batch
+        cdef CacheGroup* group
         cdef Event event
         cdef uint32_t i
         cdef bint stored
         read_event(&cursor, &batch, &event)
         if event.kind == EVENT_BROKEN:
             raise MemoryError  # it was readable when it was parked
-        stored = self._store(&event)
+        group = &self.groups[event.group]
+        # The group may be known to be another one by now: then its old blocks are void.
+        stored = event.block_size != group.block_size or not group_is_judged(group)
+        if not stored:
+            stored = self._store(&event)
         batch.names.used = before.names.used
         batch.tokens.used = before.tokens.used
         batch.marks.used = before.marks.used
         if not stored:
             return False
+        self.lot.adopted += orphan.count
         for i in range(orphan.count):
-            if lot_release(&self.lot, orphan.tier, orphan_names(orphan)[i]):
-                self._remove(orphan.tier, &orphan_names(orphan)[i], 1)
+            if lot_release(&self.lot, orphan.lane, orphan_names(orphan)[i]):
+                self._remove(orphan.lane, &orphan_names(orphan)[i], 1)
         return True
 
     # --- removals ------------------------------------------------------------------------------------------------
 
     cdef int _removed(self, Event* event) except -1:
         cdef uint64_t* names = <uint64_t*>(batch.names.data + event.names)
-        cdef int32_t slot = self.slots[event.tier]
+        cdef uint32_t lane = event.group * KV_TIERS + event.tier
+        cdef int32_t slot
         cdef uint32_t count = 0
         cdef uint32_t i
-        if self.tree is None or self.other_groups >> event.group & 1:
+        if self.tree is None or event.group >= self.group_count:
             return 0
         if self.lot.oldest == NULL:
-            return self._remove(event.tier, names, event.count)
+            return self._remove(lane, names, event.count)
         # What the slot does not hold may be waiting to be stored.
+        slot = self._slot(lane)
         for i in range(event.count):
             if (
                 slot != UNPLACED and table_find(&self.tree.tree.slots[slot].names, names[i]) != NULL
-            ) or not lot_remove(&self.lot, event.tier, names[i]):
+            ) or not lot_remove(&self.lot, lane, names[i]):
                 names[count] = names[i]
                 count += 1
-        return self._remove(event.tier, names, count)
+        return self._remove(lane, names, count)
 
-    cdef int _remove(self, uint32_t tier, const uint64_t* names, uint32_t count) except -1:
-        if self.slots[tier] != UNPLACED and count:
-            if slot_remove(&self.tree.tree, <uint32_t>self.slots[tier], names, count) < 0:
-                raise MemoryError("the index is full")
+    cdef int _remove(self, uint32_t lane, const uint64_t* names, uint32_t count) except -1:
+        cdef int32_t slot = self._slot(lane)
+        cdef uint32_t width = self.groups[lane // KV_TIERS].width
+        cdef Tree* tree
+        if slot == UNPLACED or count == 0:
+            return 0
+        tree = &self.tree.tree
+        if (
+            wide_remove(tree, <uint32_t>slot, width, names, count, &batch.seqs) < 0
+            if width > 1
+            else slot_remove(tree, <uint32_t>slot, names, count) < 0
+        ):
+            raise MemoryError("the index is full")
         return 0

@@ -53,11 +53,12 @@ from kvrouter_grpc.core.msgpack cimport (
     text_length,
 )
 from kvrouter_grpc.core.stack cimport Stack, stack_push
+from kvrouter_grpc.core.target cimport MOST_GROUPS
 
 
 cdef enum:
     MOST_NAMES = 1 << 20  # blocks of one event
-    GROUPS = 64  # KV cache groups; models have fewer than ten
+    GROUPS = MOST_GROUPS
 
 
 cdef struct Event:
@@ -70,12 +71,14 @@ cdef struct Event:
     uint32_t count  # names
     uint32_t mark_count
     uint32_t block_size
+    uint32_t window  # tokens; 0: not told
     uint8_t kind
     uint8_t tier
     uint8_t group
     uint8_t spec
     bint has_parent
     bint has_tokens
+    bint postponed  # see KvFeed
 
 
 # The records of one message and what they point to. The memory is used again for the next.
@@ -281,6 +284,15 @@ cdef inline bint read_spec(Cursor* cursor, Event* event) noexcept nogil:
     return event.spec != SPEC_OTHER or text_length(item_span(&item)) >= 0
 
 
+cdef inline bint read_window(Cursor* cursor, Event* event) noexcept nogil:
+    # A window that is no window, or of no use in 32 bits, is not told.
+    cdef Item item
+    if not _read_integer(cursor, &item):
+        return False
+    event.window = <uint32_t>item.value if item.kind == UNSIGNED and not item.value >> 32 else 0
+    return True
+
+
 cdef inline bint read_lora_name(Cursor* cursor, Told* told) noexcept nogil:
     cdef Item item
     if not _read_text(cursor, &item):
@@ -309,7 +321,6 @@ cdef inline bint _read_type(Cursor* cursor, Event* event) noexcept nogil:
 
 cdef inline bint read_field(Cursor* cursor, Batch* batch, Event* event, Told* told, int field) noexcept nogil:
     """Reads the value of one field; False: it is misshapen."""
-    cdef Item item
     if field == KV_HASHES:
         return read_hashes(cursor, batch, event, told)
     elif field == KV_PARENT:
@@ -331,7 +342,7 @@ cdef inline bint read_field(Cursor* cursor, Batch* batch, Event* event, Told* to
     elif field == KV_SPEC:
         return read_spec(cursor, event)
     elif field == KV_WINDOW:
-        return _read_integer(cursor, &item)
+        return read_window(cursor, event)
     elif field == KV_LOCALITY:
         return read_locality(cursor, told)
     elif field == KV_TYPE:

@@ -75,15 +75,20 @@ static const kv_word KV_MEDIA[] = {
     KV_WORD("NETWORK", KV_REMOTE),   KV_WORD("REMOTE", KV_REMOTE),  KV_WORD("SHARED", KV_REMOTE),
 };
 
-/* Kinds of KV cache group whose blocks serve any later prompt with the same prefix. Sliding-window and state-space
- * groups keep only their end, so their blocks say nothing about the prefix. */
-enum { SPEC_UNTOLD, SPEC_PREFIX, SPEC_OTHER };
+/* What a KV cache group needs of a prefix: all of it, the window or the state at its end, or nothing, for its blocks are
+ * never shared. What else there is (chunked local attention) does not tell enough to be judged. */
+enum { SPEC_UNTOLD, SPEC_PREFIX, SPEC_WINDOW, SPEC_STATE, SPEC_NOTHING, SPEC_OTHER };
 
 static const kv_word KV_SPECS[] = {
     KV_WORD("", SPEC_UNTOLD),
     KV_WORD("full_attention", SPEC_PREFIX),
     KV_WORD("mla_attention", SPEC_PREFIX),
     KV_WORD("sink_full_attention", SPEC_PREFIX),
+    KV_WORD("sliding_window", SPEC_WINDOW),
+    KV_WORD("sliding_window_mla", SPEC_WINDOW),
+    KV_WORD("mamba", SPEC_STATE),
+    KV_WORD("encoder_only_attention", SPEC_NOTHING),
+    KV_WORD("cross_attention", SPEC_NOTHING),
 };
 
 /* Each steps over one MessagePack text, head included, if it is what comes next. The lengths are known to the compiler,

@@ -36,6 +36,9 @@ cdef extern from "kv_words.h" nogil:
         KV_TIERS
         SPEC_UNTOLD
         SPEC_PREFIX
+        SPEC_WINDOW
+        SPEC_STATE
+        SPEC_NOTHING
         SPEC_OTHER
 
     const kv_word KV_KINDS[]

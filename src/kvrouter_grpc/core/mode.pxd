@@ -6,7 +6,8 @@
 from libc.math cimport INFINITY, ceil
 from libc.stdint cimport uint32_t, uint64_t
 
-from kvrouter_grpc.core.cost cimport Overlap, held_blocks
+from kvrouter_grpc.core.cost cimport held_blocks
+from kvrouter_grpc.core.overlap cimport Overlap
 from kvrouter_grpc.core.pick cimport Dice, dice_below, scramble
 from kvrouter_grpc.core.question cimport Question, question_costs, question_overlap, question_target
 from kvrouter_grpc.core.target cimport Ledger

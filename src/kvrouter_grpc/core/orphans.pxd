@@ -26,7 +26,6 @@ cdef enum:
     # A full cache of one rank is of this order; more would be a leak, not a gap.
     MOST_ORPHANS = 1 << 16  # blocks
     MOST_ORPHAN_BYTES = 64 << 20
-    TIERS = 4
     REMOVED_SHIFT = 32
 
 
@@ -38,26 +37,40 @@ cdef struct Orphan:
     uint64_t parent
     uint64_t size  # of the event's bytes
     uint32_t count
-    uint32_t tier
+    uint32_t lane  # KV cache group and tier: engine hashes of two lanes are two blocks
 
 
 cdef struct Lot:
     Meter meter
     Table byparent  # parent -> the newest orphan below it, whose `next` is the oldest
-    Table[TIERS] parked  # engine hash -> removals noted << 32 | copies parked
+    Table* parked  # by lane: engine hash -> removals noted << 32 | copies parked
+    uint32_t lanes
     Orphan* oldest
     Orphan* newest
     uint64_t blocks
     uint64_t bytes
+    uint64_t adopted  # blocks whose parent appeared
     uint64_t dropped  # blocks given up for lack of room
 
 
 cdef inline void lot_init(Lot* lot, uint64_t salt) noexcept nogil:
-    cdef int tier
     memset(lot, 0, sizeof(Lot))
     table_init(&lot.byparent, salt)
-    for tier in range(TIERS):
-        table_init(&lot.parked[tier], salt)
+
+
+cdef inline int _lane_reserve(Lot* lot, uint32_t lane) noexcept nogil:
+    # Makes sure that there is a table for a lane; -1: no memory.
+    cdef Table* parked
+    if lane < lot.lanes:
+        return 0
+    parked = <Table*>resize(&lot.meter, lot.parked, lot.lanes * sizeof(Table), (lane + 1) * sizeof(Table))
+    if parked == NULL:
+        return -1
+    lot.parked = parked
+    while lot.lanes <= lane:
+        table_init(&lot.parked[lot.lanes], lot.byparent.salt)
+        lot.lanes += 1
+    return 0
 
 
 cdef inline uint64_t* orphan_names(Orphan* orphan) noexcept nogil:
@@ -79,9 +92,9 @@ cdef inline void orphan_free(Lot* lot, Orphan* orphan) noexcept nogil:
     release(&lot.meter, orphan, _orphan_size(orphan.count, orphan.size))
 
 
-cdef inline bint lot_release(Lot* lot, uint32_t tier, uint64_t name) noexcept nogil:
+cdef inline bint lot_release(Lot* lot, uint32_t lane, uint64_t name) noexcept nogil:
     """One copy of a hash is parked no longer; whether a removal was noted for it, which is forgotten with it."""
-    cdef Table* parked = &lot.parked[tier]
+    cdef Table* parked = &lot.parked[lane]
     cdef Entry* entry = table_find(parked, name)
     cdef bint removed = entry.value >> REMOVED_SHIFT != 0
     entry.value -= 1
@@ -132,7 +145,7 @@ cdef inline void _drop_oldest(Lot* lot) noexcept nogil:
     cdef Orphan* orphan = lot_adopt(lot, lot.oldest.parent)
     cdef uint32_t i
     for i in range(orphan.count):
-        lot_release(lot, orphan.tier, orphan_names(orphan)[i])
+        lot_release(lot, orphan.lane, orphan_names(orphan)[i])
     lot.dropped += orphan.count
     orphan_free(lot, orphan)
 
@@ -162,20 +175,20 @@ cdef inline int lot_link(Lot* lot, Orphan* orphan) noexcept nogil:
 
 
 cdef inline int lot_park(
-    Lot* lot, uint64_t parent, uint32_t tier, const uint64_t* names, uint32_t count, Span event
+    Lot* lot, uint64_t parent, uint32_t lane, const uint64_t* names, uint32_t count, Span event
 ) noexcept nogil:
     """Keeps a stored event until its parent appears; -1: no memory, nothing changed."""
     cdef Orphan* orphan
     cdef Entry* entry
     cdef uint32_t i
-    if table_reserve(&lot.meter, &lot.parked[tier], count):
+    if _lane_reserve(lot, lane) or table_reserve(&lot.meter, &lot.parked[lane], count):
         return -1
     orphan = <Orphan*>resize(&lot.meter, NULL, 0, _orphan_size(count, event.size))
     if orphan == NULL:
         return -1
     orphan.parent = parent
     orphan.count = count
-    orphan.tier = tier
+    orphan.lane = lane
     orphan.size = event.size
     memcpy(orphan_names(orphan), names, count * sizeof(uint64_t))
     memcpy(<void*>orphan_event(orphan).data, event.data, event.size)
@@ -183,9 +196,9 @@ cdef inline int lot_park(
         orphan_free(lot, orphan)
         return -1
     for i in range(count):
-        entry = table_find(&lot.parked[tier], names[i])
+        entry = table_find(&lot.parked[lane], names[i])
         if entry == NULL:
-            table_put(&lot.parked[tier], names[i], 1)
+            table_put(&lot.parked[lane], names[i], 1)
         else:
             entry.value += 1
     while lot.blocks > MOST_ORPHANS or lot.bytes > MOST_ORPHAN_BYTES:
@@ -193,9 +206,9 @@ cdef inline int lot_park(
     return 0
 
 
-cdef inline bint lot_remove(Lot* lot, uint32_t tier, uint64_t name) noexcept nogil:
+cdef inline bint lot_remove(Lot* lot, uint32_t lane, uint64_t name) noexcept nogil:
     """Notes that a parked block was removed; False when no copy is left that it could mean."""
-    cdef Entry* entry = table_find(&lot.parked[tier], name)
+    cdef Entry* entry = table_find(&lot.parked[lane], name) if lane < lot.lanes else NULL
     if entry == NULL or entry.value >> REMOVED_SHIFT >= <uint32_t>entry.value:
         return False
     entry.value += <uint64_t>1 << REMOVED_SHIFT
@@ -206,13 +219,16 @@ cdef inline void lot_clear(Lot* lot) noexcept nogil:
     """Forgets everything: the rank's cache is gone."""
     cdef Orphan* orphan = lot.oldest
     cdef Orphan* newer
-    cdef int tier
+    cdef uint32_t lane
     while orphan != NULL:
         newer = orphan.newer
         orphan_free(lot, orphan)
         orphan = newer
     table_free(&lot.meter, &lot.byparent)
-    for tier in range(TIERS):
-        table_free(&lot.meter, &lot.parked[tier])
+    for lane in range(lot.lanes):
+        table_free(&lot.meter, &lot.parked[lane])
+    release(&lot.meter, lot.parked, lot.lanes * sizeof(Table))
+    lot.parked = NULL
+    lot.lanes = 0
     lot.oldest = lot.newest = NULL
     lot.blocks = lot.bytes = 0

@@ -11,14 +11,12 @@ from kvrouter_grpc.core.cost cimport (
     PREFILL_FIRST,
     REPLICATION,
     Ask,
-    Overlap,
     Weights,
     cost_terms,
     new_work,
-    overlap_total,
 )
-from kvrouter_grpc.core.target cimport TIERS, Target
-from kvrouter_grpc.core.walk cimport Step, path_extend
+from kvrouter_grpc.core.overlap cimport Found, Overlap, overlap_of, overlap_total
+from kvrouter_grpc.core.target cimport Groups, Ledger, Target
 
 
 cdef struct Question:
@@ -27,12 +25,10 @@ cdef struct Question:
     const uint32_t* rows  # that are asked
     const double* preferences  # parallel to `rows`, or NULL
     uint32_t count
-    uint32_t slots  # entries of `held`
     const Target* targets  # by row
+    const Ledger* ledgers  # by row
     const uint32_t* in_flight  # blocks of the prompt, by row
-    const uint32_t* held  # blocks of the prompt, by slot of the index
-    const Step* steps  # the prompt's path, while somebody has lower tiers
-    size_t path
+    Found found  # of the prompt in the index
     uint32_t deepest  # blocks that the row has which has most of the prompt
 
 
@@ -43,17 +39,9 @@ cdef inline const Target* question_target(const Question* question, uint32_t i) 
 cdef inline void question_overlap(const Question* question, uint32_t i, Overlap* overlap) noexcept nogil:
     """What the i-th row that is asked has of the prompt."""
     cdef const Target* target = question_target(question, i)
-    cdef size_t depth
-    cdef uint32_t tier
+    cdef const Groups* groups = question.ledgers[question.rows[i]].groups if target.grouped else NULL
     overlap.in_flight = question.in_flight[question.rows[i]]
-    overlap.tiers[0] = question.held[target.slots[0]] if target.slots[0] < question.slots else 0
-    overlap.tiers[1] = overlap.tiers[2] = overlap.tiers[3] = 0
-    if target.lower_tiers != 0:
-        depth = overlap.tiers[0]
-        for tier in range(1, <uint32_t>TIERS):
-            if target.slots[tier] < question.slots:
-                overlap.tiers[tier] = <uint32_t>path_extend(question.steps, question.path, target.slots[tier], depth)
-                depth += overlap.tiers[tier]
+    overlap_of(target, groups, &question.found, <uint32_t>question.ask.usable_blocks, overlap)
 
 
 cdef inline void question_costs(

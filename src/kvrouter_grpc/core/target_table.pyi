@@ -1,4 +1,4 @@
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 
 from typing_extensions import Buffer
 
@@ -46,6 +46,33 @@ class TargetTable:
         Raises:
             ValueError: No such tier, or there is no index yet.
             KeyError: The row or the slot is not in use.
+        """
+
+    def set_groups(
+        self, row: int, groups: Sequence[tuple[int, tuple[int | None, int | None, int | None, int | None]]], step: int
+    ) -> None:
+        """What the target's KV cache groups hold, when it has several or their blocks span several of the index.
+
+        Args:
+            row: The target.
+            groups: Of each the blocks that have to be there before a cut (0: all), and its slots by tier. None at all:
+                the target has one group again, that of `set_slot`.
+            step: A cut is a multiple of this many blocks.
+
+        Raises:
+            ValueError: More than 64 groups, or a step out of 1..2**20.
+            KeyError: The row or a slot is not in use.
+        """
+
+    def overlaps(self, rows: Sequence[int], seqs: Buffer) -> list[tuple[int, int, int, int]]:
+        """What targets hold of a prompt, in blocks by tier, each tier going on where the one before ends.
+
+        Args:
+            rows: The targets.
+            seqs: Sequence hashes of the prompt, u64.
+
+        Raises:
+            KeyError: A row is not in use.
         """
 
     def set_freshness(self, row: int, freshness: float) -> None:

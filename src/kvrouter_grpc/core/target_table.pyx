@@ -7,15 +7,27 @@ index counts nothing but what engines hold.
 
 cimport cython
 from libc.stdint cimport UINT32_MAX, int64_t, uint32_t, uint64_t
-from libc.stdlib cimport free, realloc
+from libc.stdlib cimport free, malloc, realloc
 from libc.string cimport memset
 
 from kvrouter_grpc.core.block_hash cimport as_u64
+from kvrouter_grpc.core.overlap cimport Found, Overlap, overlap_of
 from kvrouter_grpc.core.path cimport path_unshared, slot_remove_path
 from kvrouter_grpc.core.radix_tree cimport RadixTree
 from kvrouter_grpc.core.slot cimport slot_store
-from kvrouter_grpc.core.target cimport NO_SLOT, PART_BITS, TIERS, Ledger, Target, active_blocks
-from kvrouter_grpc.core.walk cimport tree_extend
+from kvrouter_grpc.core.target cimport (
+    MOST_GROUPS,
+    NO_SLOT,
+    PART_BITS,
+    TIERS,
+    Group,
+    Groups,
+    Ledger,
+    Target,
+    active_blocks,
+    groups_list,
+)
+from kvrouter_grpc.core.walk cimport Step, tree_extend, tree_match, tree_path
 
 cdef enum:
     ROW_BITS = 20  # of a ticket; the rest tells which of the row's targets, one after the other, was booked
@@ -34,6 +46,10 @@ cdef class TargetTable:
         self.pins = RadixTree(1)  # is given sequence hashes, so its block size does not matter
 
     def __dealloc__(self):
+        cdef uint32_t row
+        for row in range(self.capacity):
+            if self.rows[row].in_use:
+                free(self.ledgers[row].groups)
         free(self.rows)
         free(self.ledgers)
 
@@ -89,7 +105,8 @@ cdef class TargetTable:
             return
         row = self.found.pop(target)
         self.bookings -= self.rows[row].active_requests - self.ledgers[row].foreign_requests
-        self.with_lower_tiers -= self.rows[row].lower_tiers != 0
+        self._set_groups(row, NULL)
+        self.on_path -= self.rows[row].lower_tiers != 0
         self.rows[row].in_use = False
         self.ledgers[row].birth = 0
         self.pins.remove_slot(row)
@@ -131,9 +148,81 @@ cdef class TargetTable:
             raise ValueError("the table has no index yet")
         known = self.index._slot(slot)
         if tier > 0 and target.slots[<uint32_t>tier] == NO_SLOT:
-            self.with_lower_tiers += target.lower_tiers == 0
+            self.on_path += target.lower_tiers == 0 and not target.grouped
             target.lower_tiers += 1
         target.slots[<uint32_t>tier] = known
+
+    def set_groups(self, row, groups, step):
+        """What the target's KV cache groups hold, when it has several."""
+        cdef uint32_t index
+        cdef uint32_t tier
+        cdef uint32_t count = <uint32_t>len(groups)
+        cdef Group* group
+        cdef Groups* made
+        self._row(row)
+        if count > MOST_GROUPS or not isinstance(step, int) or not 1 <= step <= MOST_BLOCKS:
+            raise ValueError(f"{count} groups with a step of {step!r}: at most {MOST_GROUPS}, and 1..{MOST_BLOCKS}")
+        if count == 0:
+            self._set_groups(row, NULL)
+            return
+        made = <Groups*>malloc(sizeof(Groups) + count * sizeof(Group))
+        if made == NULL:
+            raise MemoryError
+        try:
+            made.count = count
+            made.step = step
+            made.tiers = 0
+            for index, (window, slots) in enumerate(groups):
+                group = groups_list(made) + index
+                group.window = window
+                for tier, slot in zip(range(<uint32_t>TIERS), slots, strict=True):
+                    group.slots[tier] = NO_SLOT if slot is None else self.index._slot(slot)
+                    made.tiers |= <uint32_t>(slot is not None) << tier
+        except BaseException:
+            free(made)
+            raise
+        self._set_groups(row, made)
+
+    cdef void _set_groups(self, uint32_t row, Groups* groups) noexcept:
+        # Takes `groups` over.
+        cdef Target* target = &self.rows[row]
+        self.on_path -= target.lower_tiers != 0 or target.grouped
+        free(self.ledgers[row].groups)
+        self.ledgers[row].groups = groups
+        target.grouped = groups != NULL
+        self.on_path += target.lower_tiers != 0 or target.grouped
+
+    def overlaps(self, rows, const uint64_t[::1] seqs not None):
+        """What targets hold of a prompt."""
+        cdef size_t count = <size_t>seqs.shape[0]
+        cdef uint32_t* held = NULL
+        cdef Step* steps = NULL
+        cdef Overlap overlap
+        cdef Target* target
+        cdef Found found
+        cdef uint32_t row
+        if self.index is None or count == 0:
+            return [(0, 0, 0, 0)] * len(rows)
+        found.slots = self.index.tree.slot_count
+        held = <uint32_t*>malloc(found.slots * sizeof(uint32_t) + 1)
+        steps = <Step*>malloc(count * sizeof(Step))
+        try:
+            if held == NULL or steps == NULL:
+                raise MemoryError
+            tree_match(&self.index.tree, &seqs[0], count, held)
+            found.path = tree_path(&self.index.tree, &seqs[0], count, steps)
+            found.held = held
+            found.steps = steps
+            answer = []
+            for index in rows:
+                target = self._row(index)
+                row = index
+                overlap_of(target, self.ledgers[row].groups, &found, <uint32_t>count, &overlap)
+                answer.append((overlap.tiers[0], overlap.tiers[1], overlap.tiers[2], overlap.tiers[3]))
+            return answer
+        finally:
+            free(held)
+            free(steps)
 
     def set_freshness(self, row, double freshness):
         """How far the index is to be trusted about the target."""

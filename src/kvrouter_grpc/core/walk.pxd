@@ -3,7 +3,7 @@
 from libc.stdint cimport uint32_t, uint64_t
 from libc.string cimport memset
 
-from kvrouter_grpc.core.edge cimport Cover, Edge, cover_find, cover_span, edge_common
+from kvrouter_grpc.core.edge cimport Cover, Edge, cover_below, cover_find, cover_span, cover_span_back, edge_common
 from kvrouter_grpc.core.tree cimport Tree, tree_child
 
 
@@ -135,3 +135,87 @@ cdef inline size_t path_extend(const Step* steps, size_t count, uint32_t slot, s
     while low < count and _go_on(steps[low].edge, steps[low].depth, steps[low].common, slot, &end):
         low += 1
     return end - start
+
+
+cdef inline size_t _step_before(const Step* steps, size_t count, size_t end) noexcept nogil:
+    # The step that shows the block before `end`, which is on the path and not 0.
+    cdef size_t low = 0
+    cdef size_t high = count
+    cdef size_t middle
+    while high - low > 1:
+        middle = low + (high - low) // 2
+        if steps[middle].depth < end:
+            low = middle
+        else:
+            high = middle
+    return low
+
+
+cdef inline size_t _run_back(
+    const Step* steps, size_t count, uint32_t slot, size_t end, size_t enough
+) noexcept nogil:
+    # How many blocks right before `end` the slot holds without a gap; it may stop at `enough`.
+    cdef size_t i = _step_before(steps, count, end)
+    cdef size_t run = 0
+    cdef uint32_t before
+    cdef uint32_t span
+    cdef int at
+    while True:
+        before = <uint32_t>(end - run - steps[i].depth)
+        at = cover_find(steps[i].edge, slot)
+        if at < 0:
+            return run
+        span = cover_span_back(steps[i].edge, <uint32_t>at, before)
+        run += span
+        if run >= enough or span < before or i == 0:
+            return run
+        i -= 1
+
+
+cdef inline size_t _held_below(const Step* steps, size_t count, uint32_t slot, size_t end) noexcept nogil:
+    # The position after the last block before `end` that the slot holds; 0: it holds none.
+    cdef size_t i = _step_before(steps, count, end) + 1
+    cdef size_t before = end
+    cdef uint32_t below
+    cdef int at
+    while i != 0:
+        i -= 1
+        at = cover_find(steps[i].edge, slot)
+        if at >= 0:
+            below = cover_below(steps[i].edge, <uint32_t>at, <uint32_t>(before - steps[i].depth))
+            if below != 0:
+                return steps[i].depth + below
+        before = steps[i].depth
+    return 0
+
+
+cdef inline size_t path_cut(
+    const Step* steps, size_t count, uint32_t slot, size_t window, size_t step, size_t end
+) noexcept nogil:
+    """The last position, `end` at most, before which the slot holds a whole window of the path.
+
+    Args:
+        steps: The path of a prompt.
+        count: How many steps.
+        slot: Whose blocks.
+        window: Blocks that have to be there; of a shorter prefix all.
+        step: The position is a multiple of this.
+        end: The most.
+
+    Returns:
+        The position, 0 when there is none: before it nothing has to be there.
+    """
+    cdef size_t cut = 0 if count == 0 else steps[count - 1].depth + <size_t>steps[count - 1].common
+    cdef size_t run
+    if cut > end:
+        cut = end
+    cut -= cut % step
+    while cut != 0:
+        if window > cut:
+            window = cut
+        run = _run_back(steps, count, slot, cut, window)
+        if run >= window:
+            break
+        cut = cut - run - 1 if run != 0 else _held_below(steps, count, slot, cut)
+        cut -= cut % step
+    return cut

@@ -43,6 +43,8 @@ class StreamView:
     hits: HitPrediction
     blocks: int
     orphans: int
+    orphans_adopted: int
+    orphans_dropped: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -261,6 +263,7 @@ class Fleet:
                 hits,
                 index.blocks(target),
                 index.orphans(target),
+                *index.orphan_fates(target),
             )
             for target in worker.targets
             if (status := index.stream_if_known(target)) is not None and (hits := index.hits(target)) is not None

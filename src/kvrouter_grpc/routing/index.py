@@ -5,9 +5,11 @@ from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import chain
 
 from kvrouter_grpc.core import Applied, KvFeed, RadixTree, TargetTable, hash_sequence, read_slot, seed_for, write_slot
 from kvrouter_grpc.routing.forecast import Forecast, PredictedCache, Prediction
+from kvrouter_grpc.routing.groups import CacheGroup, GroupFacts, HeldSlot, Slots, rule_of, unjudged
 from kvrouter_grpc.routing.prediction import HitPrediction
 from kvrouter_grpc.routing.stream import Evidence, StreamPosition, StreamStatus, freshness
 from kvrouter_grpc.types import (
@@ -19,7 +21,6 @@ from kvrouter_grpc.types import (
 )
 
 TIERS = tuple(Tier)
-LOWER_TIERS = (Tier.HOST, Tier.DISK, Tier.REMOTE)
 
 
 @dataclass(slots=True, eq=False)
@@ -28,7 +29,9 @@ class _CacheView:
 
     row: int  # of the target table
     feed: KvFeed
-    slots: dict[Tier, int] = field(default_factory=dict)  # tree slot of each tier seen
+    slots: dict[Tier, int] = field(default_factory=dict)  # tree slot of each tier seen, of the main KV cache group
+    group: int | None = None  # that is the first one that holds whole prefixes; None until its first event
+    more_slots: dict[int, list[int]] = field(default_factory=dict)  # of the other groups of a hybrid model
     stream: StreamStatus = field(default_factory=StreamStatus)
     forecast: Forecast | None = None  # foretells what it holds
     predicted: PredictedCache | None = None  # None until the first prediction
@@ -71,7 +74,6 @@ class KvIndex:
         self._on_block_size = on_block_size
         self._silent = silent
         self._ahead = ahead
-        self._depths: array[int] | None = None  # the answer of `match`, written in place
         if block_size:
             self.learn_block_size(block_size)
 
@@ -90,7 +92,7 @@ class KvIndex:
     def add(self, target: Target) -> None:
         """Start to know `target`; nothing happens when it is known."""
         if target not in self._views:
-            feed = KvFeed(partial(self._tree_for, target), partial(self._slot, target))
+            feed = KvFeed(partial(self._tree_for, target), partial(self._place, target), partial(self._arrange, target))
             self._views[target] = _CacheView(self.targets.add(target), feed, forecast=self._ahead)
 
     def remove(self, target: Target) -> None:
@@ -102,7 +104,7 @@ class KvIndex:
         view.feed.close()
         self.targets.remove(target)
         if self._tree is not None:
-            for slot in view.slots.values():
+            for slot in chain(view.slots.values(), *view.more_slots.values()):
                 self._tree.remove_slot(slot)
 
     def refresh(self, target: Target) -> None:
@@ -148,18 +150,25 @@ class KvIndex:
         return view.stream if view is not None else None
 
     def blocks(self, target: Target) -> int:
-        """Blocks the target holds, over all tiers."""
+        """Blocks the target holds, over all tiers; of the KV cache groups of a hybrid model that with the most."""
         view = self._views.get(target)
         return self._blocks(view) if view is not None else 0
 
     def _blocks(self, view: _CacheView) -> int:
         tree = self._tree
-        return sum(tree.blocks(slot) for slot in view.slots.values()) if tree is not None else 0
+        if tree is None:
+            return 0
+        return max(sum(map(tree.blocks, slots)) for slots in (view.slots.values(), *view.more_slots.values()))
 
     def orphans(self, target: Target) -> int:
         """Blocks of the target that wait for their parent."""
         view = self._views.get(target)
         return view.feed.orphans if view is not None else 0
+
+    def orphan_fates(self, target: Target) -> tuple[int, int]:
+        """Blocks of the target that waited for their parent until it appeared, and that were given up."""
+        view = self._views.get(target)
+        return (view.feed.adopted, view.feed.dropped) if view is not None else (0, 0)
 
     def stats(self) -> dict[str, int]:
         """Counters of the tree: `edges`, `blocks`, `bytes` and others; empty while there is no tree."""
@@ -211,41 +220,68 @@ class KvIndex:
             view.hits.begun()
             view.stream.prompts.clear()
 
-    def _tree_for(self, target: Target, block_size: int) -> RadixTree | None:
-        """The tree, if blocks of this size belong in it."""
+    def _tree_for(self, target: Target, block_size: int, several_groups: bool) -> RadixTree | None:
+        """The tree, if blocks of this size belong in it: a hybrid model's may span several of its blocks."""
+        if several_groups and self._tree is not None and block_size % self._tree.block_size == 0:
+            return self._tree
         if self.learn_block_size(block_size):
             return self._tree
         self._on_block_size(target, block_size)
         return None
 
+    def _place(self, target: Target, group: int, tier: int) -> int:
+        """A slot for a tier that a KV cache group of the target is seen to use for the first time."""
+        assert self._tree is not None  # noqa: S101  # the feed asks for the tree first
+        view = self._views[target]
+        if view.group is None and view.feed.cache_groups()[group][0] == "prefix":
+            view.group = group
+        if view.group == group:
+            return self._slot(target, tier)
+        slot = self._tree.add_slot()
+        view.more_slots.setdefault(group, []).append(slot)
+        return slot
+
+    def _arrange(self, target: Target, told: list[tuple[str, int, int, int, Slots]]) -> None:
+        """Groups of the target have become known, or where their blocks are."""
+        view = self._views[target]
+        groups = [CacheGroup(*group) for group in told]
+        rule = rule_of(groups)
+        self.targets.set_groups(view.row, () if rule.plain else rule.groups, rule.step)
+        view.stream.unjudged = unjudged(groups)
+
     def _slot(self, target: Target, tier: int) -> int:
-        """A slot for a tier that the target is seen to use for the first time."""
+        """The slot of a tier, of the group that holds whole prefixes."""
         assert self._tree is not None  # noqa: S101  # the feed asks for the tree first
         view = self._views[target]
         if TIERS[tier] in view.slots:
             return view.slots[TIERS[tier]]  # something was predicted before the first event
         slot = view.slots[TIERS[tier]] = self._tree.add_slot()
         self.targets.set_slot(view.row, tier, slot)
-        self._depths = None  # too short by now
         return slot
 
     # --- other processes of the router ------------------------------------------------------------------------------
 
-    def write(self, target: Target) -> tuple[int, tuple[tuple[Tier, bytes], ...]]:
+    def write(self, target: Target) -> tuple[tuple[GroupFacts, ...], tuple[HeldSlot, ...]]:
         """What the engine of `target` told so far, for `restore`; see `routing/snapshot.py`.
 
         Predictions ahead of events are given up for it: they are nothing it told.
 
         Returns:
-            The KV cache groups that hold no prefixes, a bit set; and what it holds in each tier.
+            Its KV cache groups, and what they hold in each tier.
         """
-        view = self._views[target]
+        view, tree = self._views[target], self._tree
         _forget_predictions(view)
-        slots = [(tier, write_slot(self._tree, slot)) for tier, slot in view.slots.items()] if self._tree else []
-        return view.feed.other_groups, tuple(slots)
+        groups = [CacheGroup(*group) for group in view.feed.cache_groups()]
+        held = [
+            HeldSlot(number, tier, write_slot(tree, slot))
+            for number, group in enumerate(groups)
+            for tier, slot in zip(TIERS, group.slots, strict=True)
+            if tree is not None and slot is not None
+        ]
+        return tuple(GroupFacts(group.kind, group.window, group.block_size) for group in groups), tuple(held)
 
     def restore(
-        self, target: Target, position: StreamPosition, groups: int, slots: Sequence[tuple[Tier, bytes]]
+        self, target: Target, position: StreamPosition, groups: Sequence[GroupFacts], held: Sequence[HeldSlot]
     ) -> None:
         """Let `target`, of which nothing is known yet, hold what `write` gave, and its events go on at `position`.
 
@@ -256,14 +292,17 @@ class KvIndex:
         if tree is None:
             raise ValueError("the block size is not known yet")
         try:
-            for tier, data in slots:
-                slot = self._slot(target, TIERS.index(tier))
-                view.feed.adopt(tree, TIERS.index(tier), slot)
+            for number, facts in enumerate(groups):
+                view.feed.adopt(tree, number, *facts, {})
+            for number, tier, data in held:
+                facts = groups[number]
+                slot = self._place(target, number, TIERS.index(tier))
+                view.feed.adopt(tree, number, *facts, {TIERS.index(tier): slot})
                 read_slot(tree, slot, data)
-        except ValueError:
+        except (IndexError, ValueError) as error:
             self.clear(target)
-            raise
-        view.feed.other_groups = groups
+            raise ValueError("it is not what `write` gives") from error
+        self._arrange(target, view.feed.cache_groups())
         view.stream.resume_at = position
 
     # --- predictions ----------------------------------------------------------------------------------------------
@@ -316,22 +355,11 @@ class KvIndex:
 
     def overlaps(self, seqs: "array[int]", targets: Sequence[Target]) -> list[Overlap]:
         """What each of `targets` holds of a prompt, in their order."""
-        tree = self._tree
-        if tree is None or not seqs:
-            return [_NOTHING] * len(targets)
-        self._depths = depths = tree.match(seqs, self._depths)
-        found = []
-        for target in targets:
-            view = self._views.get(target)
-            if view is None or not view.slots:
-                found.append(_NOTHING)
-                continue
-            slot = view.slots.get(Tier.DEVICE)
-            device = depths[slot] if slot is not None else 0
-            if len(view.slots) > (slot is not None):
-                found.append(_extend(tree, view, seqs, device))
-            else:
-                found.append(Overlap(device) if device else _NOTHING)
+        rows = [(i, view.row) for i, target in enumerate(targets) if (view := self._views.get(target)) is not None]
+        found = [_NOTHING] * len(targets)
+        for (i, _), tiers in zip(rows, self.targets.overlaps([row for _, row in rows], seqs), strict=True):
+            if any(tiers):
+                found[i] = Overlap(*tiers)
         return found
 
 
@@ -341,15 +369,3 @@ _NOTHING = Overlap()
 def _forget_predictions(view: _CacheView) -> None:
     if view.forecast is not None and view.predicted is not None:
         view.forecast.forget(view.predicted)
-
-
-def _extend(tree: RadixTree, view: _CacheView, seqs: "array[int]", device: int) -> Overlap:
-    """Continue a device match through the lower tiers, each from where the one above ends."""
-    depth = device
-    blocks = []
-    for tier in LOWER_TIERS:
-        slot = view.slots.get(tier)
-        more = tree.extend(seqs, slot, depth) if slot is not None else 0
-        blocks.append(more)
-        depth += more
-    return Overlap(device, *blocks)

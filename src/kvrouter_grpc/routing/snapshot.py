@@ -1,7 +1,7 @@
 """The index of an endpoint as bytes, so that a router that starts knows what one before it knew.
 
     head   magic, version, block size, seconds since the epoch, endpoint; checksum
-    part   of each target: length, checksum, then where its event stream stood and what its slots held
+    part   of each target: length, checksum, then where its event stream stood, its KV cache groups and what they held
     tail   length 0, number of parts
 
 Each part is true of one moment of its own stream: it is made in one step, between two batches. A router that has read
@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import NamedTuple, Self
 
 from kvrouter_grpc.core import hash_bytes
+from kvrouter_grpc.routing.groups import KINDS, GroupFacts, HeldSlot
 from kvrouter_grpc.routing.index import KvIndex
 from kvrouter_grpc.routing.stream import StreamPosition
 from kvrouter_grpc.types import Target, Tier
@@ -26,14 +27,15 @@ MAGIC = b"KVROUTER"
 VERSION = 1
 HIGHEST_SEQ = 2**63 - 1  # the engines' numbers are signed
 MOST_PARTS = 1 << 20
-MOST_SLOTS = 64  # of one part
+MOST_SLOTS = 256  # of one part, and groups
 
 _TIERS = tuple(Tier)
 _HEAD = struct.Struct("<8sIIdI")  # magic, version, block size, created at, bytes of the endpoint
 _FRAME = struct.Struct("<QQ")  # length, checksum
 # Worker, rank, slots, groups; next seq, content, known, lost << 1 | partial; started at.
 _STREAM = struct.Struct("<QIIQQQQQd")
-_SLOT = struct.Struct("<IIQ")  # tier, zero, length
+_GROUP = struct.Struct("<III")  # kind, window and block size in tokens
+_SLOT = struct.Struct("<IIQ")  # tier, group, length
 _CHECKSUM = struct.Struct("<Q")
 
 
@@ -46,9 +48,9 @@ class Part(NamedTuple):
 
     target: Target
     position: StreamPosition
-    groups: int  # of KV cache groups that hold no prefixes, a bit set
+    groups: tuple[GroupFacts, ...]  # the KV cache groups of its model
     started_at: float | None  # of the engine's process, as it said itself
-    slots: tuple[tuple[Tier, bytes], ...]
+    slots: tuple[HeldSlot, ...]
 
     @classmethod
     def of(cls, index: KvIndex, target: Target, started_at: float | None) -> Self | None:
@@ -82,7 +84,7 @@ class Part(NamedTuple):
             _STREAM.pack(
                 *self.target,
                 len(self.slots),
-                self.groups,
+                len(self.groups),
                 position.next_seq,
                 position.content,
                 position.known,
@@ -90,8 +92,9 @@ class Part(NamedTuple):
                 math.nan if self.started_at is None else self.started_at,
             )
         ]
-        for tier, data in self.slots:
-            pieces += (_SLOT.pack(_TIERS.index(tier), 0, len(data)), data)
+        pieces += [_GROUP.pack(KINDS.index(kind), window, size) for kind, window, size in self.groups]
+        for group, tier, data in self.slots:
+            pieces += (_SLOT.pack(_TIERS.index(tier), group, len(data)), data)
         return b"".join(pieces)
 
     @classmethod
@@ -102,20 +105,26 @@ class Part(NamedTuple):
             SnapshotError: It is none.
         """
         cursor = _Cursor(body)
-        worker_id, rank, count, groups, next_seq, content, known, faults, started_at = cursor.take(_STREAM)
-        if count > MOST_SLOTS or not 0 < known <= next_seq <= HIGHEST_SEQ:
+        worker_id, rank, count, group_count, next_seq, content, known, faults, started_at = cursor.take(_STREAM)
+        if max(count, group_count) > MOST_SLOTS or not 0 < known <= next_seq <= HIGHEST_SEQ:
             raise SnapshotError("it is damaged")
+        groups = []
+        for _ in range(group_count):
+            kind, window, block_size = cursor.take(_GROUP)
+            if kind >= len(KINDS):
+                raise SnapshotError("it is damaged")
+            groups.append(GroupFacts(KINDS[kind], window, block_size))
         slots = []
         for _ in range(count):
-            tier, _, length = cursor.take(_SLOT)
+            tier, group, length = cursor.take(_SLOT)
             if tier >= len(_TIERS):
                 raise SnapshotError("it is damaged")
-            slots.append((_TIERS[tier], bytes(cursor.bytes(length))))
+            slots.append(HeldSlot(group, _TIERS[tier], bytes(cursor.bytes(length))))
         cursor.end()
         return cls(
             Target(worker_id, rank),
             StreamPosition(next_seq, content, known, partial=bool(faults & 1), lost=faults >> 1),
-            groups,
+            tuple(groups),
             None if math.isnan(started_at) else started_at,
             tuple(slots),
         )

@@ -179,6 +179,7 @@ class StreamStatus:
     resume_at: StreamPosition | None = None  # where the picture stood that the rank was given; None: it begins cold
     position: Callable[[], StreamPosition | None] = _nowhere  # where it stands now; None: it cannot be taken up again
     detail: str = ""  # one sentence for the operator when not LIVE
+    unjudged: str = ""  # one about KV cache groups whose part in prefix hits is not known
     prompts: PromptWatch = field(default_factory=PromptWatch)
 
     @property
@@ -225,4 +226,4 @@ class StreamStatus:
             return self.detail
         if seen.unread:
             return f"events that could not be read ({seen.unread}): they are newer than this router, or broken"
-        return ""
+        return self.unjudged

@@ -123,6 +123,8 @@ def _stream_status(view: StreamView) -> admin_pb2.StreamStatus:
         partial=stream.partial,
         blocks=view.blocks,
         orphans=view.orphans,
+        orphans_adopted=view.orphans_adopted,
+        orphans_dropped=view.orphans_dropped,
         freshness=trust.value,
         detail=stream.told(view.evidence),
         freshness_parts=admin_pb2.FreshnessParts(
