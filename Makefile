@@ -10,7 +10,7 @@ BUILD := pyproject.toml setup.py $(CORE)
 FUZZ_SEED ?= $(shell date +%Y%m%d)
 
 .DEFAULT_GOAL := help
-.PHONY: help build dev demo test fuzz sanitize test-vllm vllm-env lint format proto proto-check config-docs clean \
+.PHONY: help build dev demo test fuzz sanitize soak test-vllm vllm-env lint format proto proto-check config-docs clean \
 	bench bench-quick bench-docs bench-peers bench-traces
 
 help: ## This list
@@ -44,6 +44,9 @@ fuzz: $(VENV)/.dev ## A million damaged KV frames and a million damaged requests
 
 sanitize: $(VENV)/.dev ## The compiled modules under AddressSanitizer and UndefinedBehaviorSanitizer
 	$(BIN)/python tools/sanitize.py $(ARGS)
+
+soak: $(VENV)/.dev ## Ten minutes of a bad network between workers and router, with figures (ARGS="--minutes 2")
+	PYTHONPATH=tests:src $(BIN)/python -m robustness.soak $(ARGS)
 
 vllm-env: ## Real vLLM engines for the CPU, in environments of their own under .cache
 	$(PYTHON) tools/vllm_env.py

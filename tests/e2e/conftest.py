@@ -5,6 +5,7 @@ import subprocess
 import sys
 from collections.abc import AsyncIterator, Callable, Generator, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -132,10 +133,8 @@ def launch(logs: Path, request: pytest.FixtureRequest) -> Launch:
     """Prepare a router in front of engines; `async with` starts it and, at the end, checks that it drains and exits 0."""
     name = request.node.name.replace("/", "-")
 
-    def prepare(
-        engines: Sequence[Engine], flags: Sequence[str] = (), *, discover: bool = False, prefill: Sequence[Engine] = ()
-    ) -> Router:
-        return Router(engines, logs / f"router-{name}.log", flags, discover=discover, prefill=prefill)
+    def prepare(engines: Sequence[Engine], flags: Sequence[str] = (), **more: Any) -> Router:
+        return Router(engines, logs / f"router-{name}.log", flags, **more)
 
     return prepare
 

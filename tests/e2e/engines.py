@@ -12,9 +12,9 @@ import subprocess
 import time
 from collections.abc import Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import aiohttp
 import zmq
@@ -68,6 +68,12 @@ class EngineOptions:
     dp_size: int = 1
     tells_event_sockets: bool = True  # GET /kv_event_sources
     kv_transfer: bool = False  # a NIXL connector, for prefill and decode pools
+    tokens_per_step: int = 2048
+    ring: int = 10_000  # event batches that can be replayed
+
+    def having(self, **changes: Any) -> Self:
+        """The same but for these."""
+        return replace(self, **changes)
 
     def arguments(self, port: int, events: int, replay: int) -> list[str]:
         """The command line of `vllm serve`."""
@@ -77,6 +83,7 @@ class EngineOptions:
             "endpoint": f"tcp://*:{events}",
             "replay_endpoint": f"tcp://*:{replay}",
             "topic": "kv-events",
+            "buffer_steps": self.ring,
         }
         flags: dict[str, str | int] = {
             "--model": str(MODEL),
@@ -89,6 +96,7 @@ class EngineOptions:
             "--num-gpu-blocks-override": self.blocks,
             "--kv-cache-memory-bytes": 64 << 20,
             "--max-num-seqs": 8,
+            "--max-num-batched-tokens": self.tokens_per_step,
             "--data-parallel-size": self.dp_size,
             "--distributed-executor-backend": "uni",
             "--kv-events-config": json.dumps(kv_events),
@@ -238,6 +246,14 @@ class Engine:
         """SIGTERM and, when the grace is over, SIGKILL, as Kubernetes sends them; returns when it is gone."""
         self._zygote.ask("stop", name=self.name, number=signal.SIGTERM)
 
+    def freeze(self) -> None:
+        """SIGSTOP all of its processes: its connections stay open, and nobody answers."""
+        self._zygote.ask("signal", name=self.name, number=signal.SIGSTOP)
+
+    def thaw(self) -> None:
+        """SIGCONT after `freeze`."""
+        self._zygote.ask("signal", name=self.name, number=signal.SIGCONT)
+
     async def restart(self) -> None:
         """Start again after `kill` or `terminate` and wait until it serves."""
         self.start()
@@ -271,12 +287,8 @@ class Engine:
         details = answer["usage"].get("prompt_tokens_details") or {}
         return Answer(choice["token_ids"], choice["text"], details.get("cached_tokens") or 0)
 
-    async def clear(self) -> None:
-        """Drop every cached block, and have that said in the event stream.
-
-        vLLM refuses while a request still holds blocks, and sends AllBlocksCleared with the next step of each rank only: a
-        prompt of one token makes that step and leaves nothing behind.
-        """
+    async def drop_cache(self) -> None:
+        """Drop every cached block, once no request holds any; the next step of each rank will say so."""
         async with aiohttp.ClientSession() as session:
 
             async def reset() -> bool:
@@ -284,6 +296,13 @@ class Engine:
                     return bool((await response.json())["success"])
 
             await until(reset, f"{self.name} drops its cache")
+
+    async def clear(self) -> None:
+        """Drop every cached block, and have that said in the event stream.
+
+        A prompt of one token makes the step that says it, and leaves nothing behind.
+        """
+        await self.drop_cache()
         for dp_rank in range(self.options.dp_size):
             await self.generate([VOCABULARY - 1], dp_rank=dp_rank)
 
@@ -296,6 +315,7 @@ class Engine:
         host, _, port = self.replay.rpartition(":")
         with zmq.asyncio.Context() as context, context.socket(zmq.DEALER) as dealer:
             dealer.setsockopt(zmq.LINGER, 0)
+            dealer.setsockopt(zmq.RCVHWM, 0)  # or the end of a long answer may be lost
             dealer.connect(f"{host}:{int(port) + dp_rank}")
             last = await _last_replayed(dealer, after=-1)
             while (again := await _last_replayed(dealer, after=last)) != last:

@@ -7,7 +7,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -32,6 +32,7 @@ from kvrouter_client import (
     WorkerState,
     WorkerStatus,
 )
+from robustness.fault_proxy import FaultProxy
 
 ENDPOINT = "dynamo.backend.generate"
 PREFILL = "dynamo.prefill.generate"
@@ -40,11 +41,12 @@ STOP_TIMEOUT_S = 10.0
 GENERATE_TIMEOUT_S = 60.0
 
 
-def worker_flag(engine: Engine, endpoint: str = ENDPOINT, *, discover: bool) -> str:
-    """`--worker` for an engine; with `discover` it must tell the rest itself."""
+def worker_flag(engine: Engine, endpoint: str = ENDPOINT, *, discover: bool, proxy: FaultProxy | None = None) -> str:
+    """`--worker` for an engine; with `discover` it must tell the rest itself. Events may come through a proxy."""
     words = {"name": engine.name, "url": engine.url, "endpoint": endpoint}
     if not discover:
-        words |= {"events": engine.events, "replay": engine.replay, "dp": str(engine.options.dp_size)}
+        publisher = proxy or engine
+        words |= {"events": publisher.events, "replay": publisher.replay, "dp": str(engine.options.dp_size)}
     return ",".join(f"{key}={value}" for key, value in words.items())
 
 
@@ -105,6 +107,7 @@ class Router:
         flags: Further flags.
         discover: Give the workers' urls only.
         prefill: Workers that compute the prompts of the others.
+        proxies: Between it and the event sockets of some of the engines, by name.
     """
 
     client: KvRouterClient
@@ -118,13 +121,15 @@ class Router:
         *,
         discover: bool = False,
         prefill: Sequence[Engine] = (),
+        proxies: Mapping[str, FaultProxy] | None = None,
     ) -> None:
         self.engines = [*engines, *prefill]
         self.log = log
         self._command = [sys.executable, "-m", "kvrouter_grpc", "serve", "--endpoint", ENDPOINT]
         self._command += ["--listen", "127.0.0.1:0", "--drain-propagation-s", "0", *flags]
         for engine in engines:
-            self._command += ["--worker", worker_flag(engine, discover=discover)]
+            proxy = (proxies or {}).get(engine.name)
+            self._command += ["--worker", worker_flag(engine, discover=discover, proxy=proxy)]
         if prefill:
             self._command += ["--endpoint", PREFILL, "--router-prefill-endpoint", PREFILL]
         for engine in prefill:

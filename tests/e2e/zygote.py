@@ -8,6 +8,7 @@ one JSON line on stdout; the end of stdin kills every engine.
     {"do": "start", "name": N, "log": PATH, "arguments": [...], "environment": {...}}   -> {"pid": P}
     {"do": "poll", "name": N}                                  -> {"exit": null while it runs, else its exit status}
     {"do": "stop", "name": N, "number": SIGNAL}                         -> {"exit": status}
+    {"do": "signal", "name": N, "number": SIGNAL}              -> {}, all of its processes got it
 
 vLLM starts its engine core by spawning a fresh interpreter, because forking with CUDA or with running threads is unsafe.
 Here neither exists before the fork, so `fork` is put in its place, and the core starts warm as well.
@@ -126,6 +127,11 @@ class Nursery:
                     os.killpg(pid, signal.SIGKILL)
                 time.sleep(0.01)
         return self.poll(name)
+
+    def signal(self, name: str, number: int) -> dict[str, Any]:
+        """Send a signal to all processes of an engine."""
+        os.killpg(self._pids[name], number)
+        return {}
 
     def close(self) -> None:
         """Kill what is left."""

@@ -6,6 +6,7 @@ no checksum, so nothing tells such a batch from the engine's own word, and only 
 
 import heapq
 import itertools
+import math
 import random
 import threading
 import time
@@ -173,6 +174,19 @@ class FaultProxy:
     def calm(self) -> None:
         """No more faults."""
         self.disturb(CALM)
+
+    def replays_beyond_pace(self) -> float:
+        """By how many the replays asked for in any span of time exceed one a second; 1 when each waited its second.
+
+        A request that waits for its connection comes close before the next one: up to 2.
+        """
+        most = ahead = 0.0
+        previous = -math.inf
+        for at in self.asked_at:
+            ahead = max(0.0, ahead - (at - previous)) + 1.0
+            most = max(most, ahead)
+            previous = at
+        return most
 
     def cut(self) -> None:
         """Close both ports, as if the host were unreachable; the engine goes on. Returns when it is done."""

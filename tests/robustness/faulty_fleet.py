@@ -6,10 +6,9 @@ import random
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass, field
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -46,17 +45,42 @@ class Wire:
         return self.worker.block_manager().find_prefix(BlockTable([*tokens, 0], CacheScope()))
 
 
-@dataclass
 class FaultyFleet:
-    """Everything running."""
+    """Everything running.
 
-    wires: list[Wire]
+    Args:
+        wires: The workers.
+        flags: Arguments of the router.
+        seed: Of the traffic.
+
+    Attributes:
+        router: The program that runs now.
+        requests: Sent so far.
+        failures: Of these, that ended with an error.
+    """
+
     router: Program
-    stub: "router_pb2_grpc.KvRouterAsyncStub"
-    admin: "admin_pb2_grpc.KvRouterAdminAsyncStub"
-    rng: random.Random
-    requests: int = 0
-    failures: int = 0
+
+    def __init__(self, wires: list[Wire], flags: Sequence[str], seed: int) -> None:
+        self.wires = wires
+        self.requests = 0
+        self.failures = 0
+        self._flags = list(flags)
+        self._rng = random.Random(seed)
+        self._running = AsyncExitStack()
+
+    async def start_router(self) -> None:
+        """Start it and wait until it is ready."""
+        self.router = await asyncio.to_thread(self._running.enter_context, program(self._flags))
+        await asyncio.to_thread(wait_until_ready, self.address)
+        channel = await self._running.enter_async_context(grpc.aio.insecure_channel(self.address))
+        self.stub = router_pb2_grpc.KvRouterStub(channel)
+        self.admin = admin_pb2_grpc.KvRouterAdminStub(channel)
+
+    async def stop_router(self) -> None:
+        """End it in good order; the workers go on."""
+        await self._running.aclose()
+        self._running = AsyncExitStack()
 
     @property
     def address(self) -> str:
@@ -88,7 +112,7 @@ class FaultyFleet:
                 stop.set()
 
     async def _talk(self, wire: Wire, stop: asyncio.Event) -> None:
-        rng = self.rng
+        rng = self._rng
         pin = router_pb2.RoutingHints(worker_id=worker_id_of(wire.name), dp_rank=0)
         while not stop.is_set():
             base = rng.choice(wire.sent) if wire.sent and rng.random() < 0.7 else []
@@ -146,10 +170,10 @@ class FaultyFleet:
         pages = Path(f"/proc/{self.router.process.pid}/statm").read_text().split()[1]
         return int(pages) * 4096
 
-    def closest_replays(self) -> float:
-        """Shortest time between two replay requests to one worker, in seconds."""
-        gaps = [b - a for wire in self.wires for a, b in pairwise(wire.proxy.asked_at)]
-        return min(gaps, default=float("inf"))
+    def waited_s(self) -> float:
+        """Seconds for which the router's main thread was ready to run and had no CPU, since its start."""
+        _, waited_ns, _ = Path(f"/proc/{self.router.process.pid}/schedstat").read_text().split()
+        return int(waited_ns) / 1e9
 
 
 @asynccontextmanager
@@ -194,14 +218,7 @@ async def faulty_fleet(
             proxy = stack.enter_context(FaultProxy(events, replay, seed=seed * size + number))
             wires.append(Wire(f"w{number}", engine, proxy))
             flags += ["--worker", f"name=w{number},url={engine.url},events={proxy.events},replay={proxy.replay}"]
-        router = await asyncio.to_thread(stack.enter_context, program(flags))
-        address = router.said["address"]
-        await asyncio.to_thread(wait_until_ready, address)
-        channel = await stack.enter_async_context(grpc.aio.insecure_channel(address))
-        yield FaultyFleet(
-            wires,
-            router,
-            router_pb2_grpc.KvRouterStub(channel),
-            admin_pb2_grpc.KvRouterAdminStub(channel),
-            random.Random(seed),
-        )
+        fleet = FaultyFleet(wires, flags, seed)
+        stack.push_async_callback(fleet.stop_router)
+        await fleet.start_router()
+        yield fleet
