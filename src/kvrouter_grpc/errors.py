@@ -147,6 +147,36 @@ class OverloadedError(RouterError):
     retry_after_s = 1.0
 
 
+class AllWorkersOverloadedError(OverloadedError):
+    """Every worker that could take the request is above a threshold of the endpoint."""
+
+    reason = "ALL_WORKERS_OVERLOADED"
+
+
+class PinnedWorkerOverloadedError(OverloadedError):
+    """The pinned worker is above a threshold of the endpoint; a pin is never rerouted."""
+
+    reason = "PINNED_WORKER_OVERLOADED"
+
+
+class WorkersBusyError(OverloadedError):
+    """Every worker that could take the request is busy, and the request does not wait."""
+
+    reason = "WORKERS_BUSY"
+
+
+class QueueFullError(OverloadedError):
+    """There is no room for the request in the endpoint's queue, or no longer."""
+
+    reason = "QUEUE_FULL"
+
+
+class QueueTimeoutError(OverloadedError):
+    """The request waited in the endpoint's queue for as long as it may."""
+
+    reason = "QUEUE_TIMEOUT"
+
+
 # --- the engine's fault ------------------------------------------------------------------------------------------
 
 

@@ -142,6 +142,8 @@ class RoutingHints:
     prefill_worker_id: int | None = None  # pin of the prefill leg, where the endpoint has a prefill pool
     prefill_dp_rank: int | None = None
     session_id: str = ""  # of the conversation it belongs to; "" for none
+    tenant: str = ""  # on whose account it waits
+    may_wait: bool = True  # False: fail rather than wait until a target is less busy
 
 
 class Prompt(NamedTuple):
@@ -205,6 +207,7 @@ class Decision:
     freshness: float  # 0..1
     candidates: tuple[Candidate, ...] = ()
     new_tokens: int = 0  # of the prompt that must be computed, as the cost counts them
+    queued_s: float = 0.0  # that the request waited for it
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,6 +16,9 @@ RENAMED = {
     "reservation_ttl": "reservation_ttl_s",
     "registration_ttl": "registration_ttl_s",
     "last_event_age": "last_event_age_s",
+    "longest_wait": "longest_wait_s",
+    "estimated_wait": "estimated_wait_s",
+    "queued": "queued_s",
     "kv_transfer_params_json": "kv_transfer_params",
     "extra_args_json": "extra_args",
     "stop_string": "stop_reason",
@@ -26,7 +29,7 @@ NESTED_LOAD = {"active_requests": "load", "queued_prefill_tokens": "load", "acti
 PAIRS: list[tuple[type[Any], type[Message], dict[str, str]]] = [
     (replies.WorkerChoice, router_pb2.BestWorkerIdResponse, RENAMED),
     (replies.GenerateChunk, router_pb2.GenerateResponse, RENAMED),
-    (replies.RoutingData, router_pb2.RoutingData, {}),
+    (replies.RoutingData, router_pb2.RoutingData, RENAMED),
     (replies.PrefillData, router_pb2.PrefillData, {}),
     (replies.Usage, router_pb2.Usage, {}),
     (replies.TokenLogprob, router_pb2.TokenLogprob, {}),
@@ -45,6 +48,9 @@ PAIRS: list[tuple[type[Any], type[Message], dict[str, str]]] = [
     (fleet.HitPrediction, admin_pb2.HitPrediction, {}),
     (fleet.EngineReport, admin_pb2.EngineReport, {}),
     (fleet.PrefillCount, admin_pb2.PrefillCount, {}),
+    (fleet.QueueStatus, admin_pb2.QueueStatus, RENAMED),
+    (fleet.QueueClass, admin_pb2.QueueClass, RENAMED),
+    (fleet.Thresholds, admin_pb2.Thresholds, {}),
     (fleet.ForeignLoad, admin_pb2.ForeignLoad, {}),
     (fleet.IndexStats, admin_pb2.IndexStats, {}),
 ]

@@ -107,6 +107,8 @@ def test_every_recipe_works_in_the_order_of_the_page(running: Fleet) -> None:
     assert answers["DrainWorker"] == [[{}]]  # no requests left, and 0 is not written
     assert answers["DeregisterWorker"] == [[{}]]
     assert [each["workerName"] for each in answers["GetLoads"][0][0]["loads"]] == ["w0", "w1"]
+    assert answers["SetThresholds"] == [[{}]]
+    assert answers["GetThresholds"][0][0]["endpoints"][0]["thresholds"] == {"activeDecodeBlocks": 0.95}
     assert answers["Check"] == [[{"status": "SERVING"}]]
 
 

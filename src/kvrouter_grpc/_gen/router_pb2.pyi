@@ -435,6 +435,7 @@ class RoutingHints(_message.Message):
     PRIORITY_JUMP_S_FIELD_NUMBER: _builtins.int
     DO_NOT_QUEUE_FIELD_NUMBER: _builtins.int
     SESSION_ID_FIELD_NUMBER: _builtins.int
+    TENANT_FIELD_NUMBER: _builtins.int
     worker_id: _builtins.int
     """Pins the request to this worker. It is never sent elsewhere."""
     dp_rank: _builtins.int
@@ -452,13 +453,17 @@ class RoutingHints(_message.Message):
     strict_priority: _builtins.int
     """Requests of a higher class are always served before those of a lower one."""
     priority_jump_s: _builtins.float
-    """Seconds by which the request is treated as if it had arrived earlier."""
+    """Seconds by which the request is treated as if it had arrived earlier than others of its tenant and class."""
     do_not_queue: _builtins.bool
-    """Fail with RESOURCE_EXHAUSTED rather than wait in a queue."""
+    """Fail with RESOURCE_EXHAUSTED rather than wait in a queue. Requests of a batch or of a stream of batches never wait."""
     session_id: _builtins.str
     """The conversation that the request belongs to, at most 256 characters. Modes that go by session, and session affinity,
     keep requests of one session on one worker. When empty, the call's metadata may name it (`--router-session-metadata`,
     `x-session-id` unless configured otherwise); requests of a batch or of a stream of batches must name it here.
+    """
+    tenant: _builtins.str
+    """On whose account the request waits, at most 256 characters: while requests wait, tenants of one strict priority get
+    equal shares of the prompt tokens. Requests that name none are one tenant. The router believes what it is told.
     """
     @_builtins.property
     def allowed_worker_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
@@ -488,10 +493,11 @@ class RoutingHints(_message.Message):
         priority_jump_s: _builtins.float = ...,
         do_not_queue: _builtins.bool = ...,
         session_id: _builtins.str = ...,
+        tenant: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_decode_worker_id", b"_decode_worker_id", "_dp_rank", b"_dp_rank", "_expected_output_tokens", b"_expected_output_tokens", "_prefill_dp_rank", b"_prefill_dp_rank", "_prefill_worker_id", b"_prefill_worker_id", "_worker_id", b"_worker_id", "decode_worker_id", b"decode_worker_id", "dp_rank", b"dp_rank", "expected_output_tokens", b"expected_output_tokens", "prefill_dp_rank", b"prefill_dp_rank", "prefill_worker_id", b"prefill_worker_id", "worker_id", b"worker_id"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_decode_worker_id", b"_decode_worker_id", "_dp_rank", b"_dp_rank", "_expected_output_tokens", b"_expected_output_tokens", "_prefill_dp_rank", b"_prefill_dp_rank", "_prefill_worker_id", b"_prefill_worker_id", "_worker_id", b"_worker_id", "allowed_worker_ids", b"allowed_worker_ids", "decode_worker_id", b"decode_worker_id", "do_not_queue", b"do_not_queue", "dp_rank", b"dp_rank", "expected_output_tokens", b"expected_output_tokens", "preferred_taints", b"preferred_taints", "prefill_dp_rank", b"prefill_dp_rank", "prefill_worker_id", b"prefill_worker_id", "priority_jump_s", b"priority_jump_s", "required_taints", b"required_taints", "session_id", b"session_id", "strict_priority", b"strict_priority", "worker_id", b"worker_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_decode_worker_id", b"_decode_worker_id", "_dp_rank", b"_dp_rank", "_expected_output_tokens", b"_expected_output_tokens", "_prefill_dp_rank", b"_prefill_dp_rank", "_prefill_worker_id", b"_prefill_worker_id", "_worker_id", b"_worker_id", "allowed_worker_ids", b"allowed_worker_ids", "decode_worker_id", b"decode_worker_id", "do_not_queue", b"do_not_queue", "dp_rank", b"dp_rank", "expected_output_tokens", b"expected_output_tokens", "preferred_taints", b"preferred_taints", "prefill_dp_rank", b"prefill_dp_rank", "prefill_worker_id", b"prefill_worker_id", "priority_jump_s", b"priority_jump_s", "required_taints", b"required_taints", "session_id", b"session_id", "strict_priority", b"strict_priority", "tenant", b"tenant", "worker_id", b"worker_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__decode_worker_id: _TypeAlias = _typing.Literal["decode_worker_id"]  # noqa: Y015
     _WhichOneofArgType__decode_worker_id: _TypeAlias = _typing.Literal["_decode_worker_id", b"_decode_worker_id"]  # noqa: Y015
@@ -836,6 +842,7 @@ class RoutingData(_message.Message):
     FRESHNESS_FIELD_NUMBER: _builtins.int
     REQUEST_ID_FIELD_NUMBER: _builtins.int
     PREFILL_FIELD_NUMBER: _builtins.int
+    QUEUED_FIELD_NUMBER: _builtins.int
     worker_id: _builtins.int
     """The worker."""
     dp_rank: _builtins.int
@@ -860,6 +867,10 @@ class RoutingData(_message.Message):
     def prefill(self) -> Global___PrefillData:
         """Who computed the prompt; absent unless the endpoint has a prefill pool (`--router-prefill-endpoint`)."""
 
+    @_builtins.property
+    def queued(self) -> _duration_pb2.Duration:
+        """How long the request waited in the endpoint's queue (`--router-queue-threshold`); absent when it did not."""
+
     def __init__(
         self,
         *,
@@ -873,10 +884,11 @@ class RoutingData(_message.Message):
         freshness: _builtins.float = ...,
         request_id: _builtins.str = ...,
         prefill: Global___PrefillData | None = ...,
+        queued: _duration_pb2.Duration | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["overlap", b"overlap", "prefill", b"prefill"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["overlap", b"overlap", "prefill", b"prefill", "queued", b"queued"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempts", b"attempts", "dp_rank", b"dp_rank", "expected_cached_tokens", b"expected_cached_tokens", "freshness", b"freshness", "overlap", b"overlap", "prefill", b"prefill", "prompt_tokens", b"prompt_tokens", "request_id", b"request_id", "worker_id", b"worker_id", "worker_name", b"worker_name"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempts", b"attempts", "dp_rank", b"dp_rank", "expected_cached_tokens", b"expected_cached_tokens", "freshness", b"freshness", "overlap", b"overlap", "prefill", b"prefill", "prompt_tokens", b"prompt_tokens", "queued", b"queued", "request_id", b"request_id", "worker_id", b"worker_id", "worker_name", b"worker_name"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1124,6 +1136,7 @@ class BestWorkerIdResponse(_message.Message):
     LOAD_FIELD_NUMBER: _builtins.int
     CANDIDATES_FIELD_NUMBER: _builtins.int
     RESERVATION_TTL_FIELD_NUMBER: _builtins.int
+    QUEUED_FIELD_NUMBER: _builtins.int
     worker_id: _builtins.int
     """The worker. Derived from its name, so every router gives the same id."""
     dp_rank: _builtins.int
@@ -1162,6 +1175,10 @@ class BestWorkerIdResponse(_message.Message):
     def reservation_ttl(self) -> _duration_pb2.Duration:
         """When the reservation expires; absent without one."""
 
+    @_builtins.property
+    def queued(self) -> _duration_pb2.Duration:
+        """How long the reservation waited in the endpoint's queue (`--router-queue-threshold`); absent when it did not."""
+
     def __init__(
         self,
         *,
@@ -1179,10 +1196,11 @@ class BestWorkerIdResponse(_message.Message):
         load: Global___TargetLoad | None = ...,
         candidates: _abc.Iterable[_common_pb2.Candidate] | None = ...,
         reservation_ttl: _duration_pb2.Duration | None = ...,
+        queued: _duration_pb2.Duration | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["load", b"load", "overlap", b"overlap", "reservation_ttl", b"reservation_ttl"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["load", b"load", "overlap", b"overlap", "queued", b"queued", "reservation_ttl", b"reservation_ttl"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_size", b"block_size", "candidates", b"candidates", "cost", b"cost", "dp_rank", b"dp_rank", "expected_cached_tokens", b"expected_cached_tokens", "freshness", b"freshness", "load", b"load", "overlap", b"overlap", "overlap_blocks", b"overlap_blocks", "prompt_tokens", b"prompt_tokens", "reservation_ttl", b"reservation_ttl", "url", b"url", "worker_id", b"worker_id", "worker_name", b"worker_name"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_size", b"block_size", "candidates", b"candidates", "cost", b"cost", "dp_rank", b"dp_rank", "expected_cached_tokens", b"expected_cached_tokens", "freshness", b"freshness", "load", b"load", "overlap", b"overlap", "overlap_blocks", b"overlap_blocks", "prompt_tokens", b"prompt_tokens", "queued", b"queued", "reservation_ttl", b"reservation_ttl", "url", b"url", "worker_id", b"worker_id", "worker_name", b"worker_name"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

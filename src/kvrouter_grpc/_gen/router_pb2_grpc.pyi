@@ -57,15 +57,17 @@ class KvRouterStub:
     * UNAVAILABLE: no worker can take the request now, or every attempt failed before the first token; retry.
     * ABORTED: the worker failed after tokens had been delivered; start over at a higher level.
     * DEADLINE_EXCEEDED: the caller's deadline, or the engine was silent for longer than allowed.
-    * RESOURCE_EXHAUSTED: over a limit of the router or the message size limit; retry after `RetryInfo`.
+    * RESOURCE_EXHAUSTED: over the message size limit; or, with `RetryInfo`, over a limit of the router: every worker is
+      above a threshold of the endpoint, or the endpoint's queue is full, or the request waited there too long or may not.
     * INTERNAL: a defect of the router; the request id in `ErrorInfo` finds it in the log.
     """
     BestWorkerId: _grpc.UnaryUnaryMultiCallable[_router_pb2.BestWorkerIdRequest, _router_pb2.BestWorkerIdResponse]
     """Picks a worker and names it; sends nothing to it.
 
-    Changes nothing unless `reserve` is set. With `reserve` the request is booked on the worker under `request_id`, as
+    Changes nothing and never waits unless `reserve` is set. With `reserve` the request is booked on the worker under `request_id`, as
     if it had been sent: the caller then talks to the worker itself and MUST call MarkPrefillComplete after the first
-    token and Free at the end. A forgotten reservation expires.
+    token and Free at the end. A forgotten reservation expires. Like Generate it waits in the endpoint's queue, if there
+    is one, while all workers are busy.
 
     Status codes: INVALID_ARGUMENT, NOT_FOUND, FAILED_PRECONDITION, ALREADY_EXISTS, UNAVAILABLE, RESOURCE_EXHAUSTED,
     INTERNAL, as for Generate.
@@ -133,15 +135,17 @@ class KvRouterAsyncStub(KvRouterStub):
     * UNAVAILABLE: no worker can take the request now, or every attempt failed before the first token; retry.
     * ABORTED: the worker failed after tokens had been delivered; start over at a higher level.
     * DEADLINE_EXCEEDED: the caller's deadline, or the engine was silent for longer than allowed.
-    * RESOURCE_EXHAUSTED: over a limit of the router or the message size limit; retry after `RetryInfo`.
+    * RESOURCE_EXHAUSTED: over the message size limit; or, with `RetryInfo`, over a limit of the router: every worker is
+      above a threshold of the endpoint, or the endpoint's queue is full, or the request waited there too long or may not.
     * INTERNAL: a defect of the router; the request id in `ErrorInfo` finds it in the log.
     """
     BestWorkerId: _aio.UnaryUnaryMultiCallable[_router_pb2.BestWorkerIdRequest, _router_pb2.BestWorkerIdResponse]  # type: ignore[assignment]
     """Picks a worker and names it; sends nothing to it.
 
-    Changes nothing unless `reserve` is set. With `reserve` the request is booked on the worker under `request_id`, as
+    Changes nothing and never waits unless `reserve` is set. With `reserve` the request is booked on the worker under `request_id`, as
     if it had been sent: the caller then talks to the worker itself and MUST call MarkPrefillComplete after the first
-    token and Free at the end. A forgotten reservation expires.
+    token and Free at the end. A forgotten reservation expires. Like Generate it waits in the endpoint's queue, if there
+    is one, while all workers are busy.
 
     Status codes: INVALID_ARGUMENT, NOT_FOUND, FAILED_PRECONDITION, ALREADY_EXISTS, UNAVAILABLE, RESOURCE_EXHAUSTED,
     INTERNAL, as for Generate.
@@ -212,7 +216,8 @@ class KvRouterServicer(metaclass=_abc_1.ABCMeta):
         * UNAVAILABLE: no worker can take the request now, or every attempt failed before the first token; retry.
         * ABORTED: the worker failed after tokens had been delivered; start over at a higher level.
         * DEADLINE_EXCEEDED: the caller's deadline, or the engine was silent for longer than allowed.
-        * RESOURCE_EXHAUSTED: over a limit of the router or the message size limit; retry after `RetryInfo`.
+        * RESOURCE_EXHAUSTED: over the message size limit; or, with `RetryInfo`, over a limit of the router: every worker is
+          above a threshold of the endpoint, or the endpoint's queue is full, or the request waited there too long or may not.
         * INTERNAL: a defect of the router; the request id in `ErrorInfo` finds it in the log.
         """
 
@@ -224,9 +229,10 @@ class KvRouterServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_router_pb2.BestWorkerIdResponse, _abc.Awaitable[_router_pb2.BestWorkerIdResponse]]:
         """Picks a worker and names it; sends nothing to it.
 
-        Changes nothing unless `reserve` is set. With `reserve` the request is booked on the worker under `request_id`, as
+        Changes nothing and never waits unless `reserve` is set. With `reserve` the request is booked on the worker under `request_id`, as
         if it had been sent: the caller then talks to the worker itself and MUST call MarkPrefillComplete after the first
-        token and Free at the end. A forgotten reservation expires.
+        token and Free at the end. A forgotten reservation expires. Like Generate it waits in the endpoint's queue, if there
+        is one, while all workers are busy.
 
         Status codes: INVALID_ARGUMENT, NOT_FOUND, FAILED_PRECONDITION, ALREADY_EXISTS, UNAVAILABLE, RESOURCE_EXHAUSTED,
         INTERNAL, as for Generate.

@@ -26,44 +26,10 @@ class RetiredRouterConfig(Section):
 class PendingRouterConfig(Section):
     """Accepted for compatibility, without effect."""
 
-    # The admission queue.
-    queue_threshold: float | None = setting(
-        None,
-        "Hold requests back while every worker has more prefill tokens than this fraction of its batch "
-        "budget; none never does.",
-        ge=0,
-    )
-    queue_policy: Literal["fcfs", "wspt", "lcfs"] = setting("fcfs", "Order of the requests held back.")
+    # Policy classes and policies per phase: endpoint-policy has the settings of each endpoint.
     policy_config: Path | None = setting(None, "YAML file of policy classes.")
     prefill_policy: str | None = setting(None, "Name of the selection policy for prefill workers.")
     decode_policy: str | None = setting(None, "Name of the selection policy for decode workers.")
-    overlap_refresh_after_s: float = setting(
-        10.0,
-        "Look the overlap up again for a request that waited this many seconds; 0 never does.",
-        ge=0,
-        names=Names(env=("DYN_ROUTER_OVERLAP_REFRESH_AFTER_SECS",), dynamo=False),
-    )
-
-    # Overload thresholds.
-    active_decode_blocks_threshold: float | None = setting(
-        None,
-        "Leave out workers whose KV cache is fuller than this fraction.",
-        ge=0,
-        le=1,
-        names=Names(flag="--active-decode-blocks-threshold", env=("DYN_ACTIVE_DECODE_BLOCKS_THRESHOLD",)),
-    )
-    active_prefill_tokens_threshold: int | None = setting(
-        None,
-        "Leave out workers with more prefill tokens than this.",
-        ge=0,
-        names=Names(flag="--active-prefill-tokens-threshold", env=("DYN_ACTIVE_PREFILL_TOKENS_THRESHOLD",)),
-    )
-    active_prefill_tokens_threshold_frac: float | None = setting(
-        None,
-        "Leave out workers with more prefill tokens than this fraction of their batch budget.",
-        ge=0,
-        names=Names(flag="--active-prefill-tokens-threshold-frac", env=("DYN_ACTIVE_PREFILL_TOKENS_THRESHOLD_FRAC",)),
-    )
 
     # State shared between replicas.
     replica_sync: bool = setting(False, "Share the booked load between router replicas.")

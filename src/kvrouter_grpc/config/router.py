@@ -1,6 +1,7 @@
 """The section about the decision: cost, load model and index."""
 
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -13,6 +14,12 @@ from kvrouter_grpc.config.section import Contradiction, Endpoint, HostPort, Name
 
 def _mode(value: Any) -> Any:
     return value.replace("_", "-") if isinstance(value, str) else value
+
+
+def _checked_class_sizes(value: str) -> str:
+    if not value.split() or not all(re.fullmatch(r"[0-9]{1,9}=[0-9]{1,9}", item) for item in value.split()):
+        raise ValueError("strict priorities and numbers of requests, as in 0=500 2=100")
+    return value
 
 
 PREDICT_AHEAD_S = 2.0
@@ -236,6 +243,68 @@ class RouterConfig(PendingRouterConfig):
         le=86_400,
         names=Names(env=("DYN_ROUTER_ACTIVE_REQUEST_EXPIRY_SECS",), dynamo=False),
     )
+    queue_threshold: float | None = setting(
+        None,
+        "Let requests wait in a queue of the router while every worker that could take them has more prefill tokens "
+        "than this fraction of its batch budget (max-num-batched-tokens); none never does. docs/queue.md.",
+        ge=0,
+        le=1_000_000,
+    )
+    queue_policy: Literal["fcfs", "wspt", "lcfs"] = setting(
+        "fcfs",
+        "Order of the requests of one tenant and strict priority that wait: by arrival (fcfs), the shortest uncached "
+        "prompt first (wspt) or the newest first (lcfs).",
+    )
+    queue_size: int = setting(
+        1024,
+        "Most requests of an endpoint that wait. Of more, the tenant with the most loses its last one.",
+        ge=0,
+        le=1_000_000,
+        names=OWN,
+    )
+    queue_class_sizes: (
+        Annotated[str, AfterValidator(_checked_class_sizes), Syntax("priority=requests, several separated by spaces")]
+        | None
+    ) = setting(
+        None,
+        "Most requests of one strict priority that wait, for priorities that have a bound of their own.",
+        names=OWN,
+    )
+    queue_timeout_s: float = setting(
+        60.0,
+        "Longest that a request waits; then it ends with RESOURCE_EXHAUSTED.",
+        gt=0,
+        le=86_400,
+        names=OWN,
+    )
+    overlap_refresh_after_s: float = setting(
+        10.0,
+        "Accepted for compatibility: what a request that waited finds cached is looked up again whenever it leaves the "
+        "queue.",
+        ge=0,
+        names=Names(env=("DYN_ROUTER_OVERLAP_REFRESH_AFTER_SECS",), dynamo=False),
+    )
+    active_decode_blocks_threshold: float | None = setting(
+        None,
+        "Leave out workers of whose KV cache requests in flight hold more than this fraction.",
+        ge=0,
+        le=1,
+        names=Names(flag="--active-decode-blocks-threshold", env=("DYN_ACTIVE_DECODE_BLOCKS_THRESHOLD",)),
+    )
+    active_prefill_tokens_threshold: int | None = setting(
+        None,
+        "Leave out workers with more prefill tokens than this.",
+        ge=0,
+        le=1 << 40,
+        names=Names(flag="--active-prefill-tokens-threshold", env=("DYN_ACTIVE_PREFILL_TOKENS_THRESHOLD",)),
+    )
+    active_prefill_tokens_threshold_frac: float | None = setting(
+        None,
+        "Leave out workers with more prefill tokens than this fraction of their batch budget.",
+        ge=0,
+        le=1_000_000,
+        names=Names(flag="--active-prefill-tokens-threshold-frac", env=("DYN_ACTIVE_PREFILL_TOKENS_THRESHOLD_FRAC",)),
+    )
     snapshot_dir: Path | None = setting(
         None,
         "Directory for snapshots of the index, from which a restarted router takes up where it was; none writes none.",
@@ -260,6 +329,12 @@ class RouterConfig(PendingRouterConfig):
         le=100_000,
         names=Names(env=("DYN_ROUTER_MIN_INITIAL_WORKERS",), dynamo=False),
     )
+
+    @property
+    def class_sizes(self) -> Mapping[int, int]:
+        """Strict priority to its bound in the queue."""
+        pairs = (item.split("=") for item in (self.queue_class_sizes or "").split())
+        return {int(priority): int(size) for priority, size in pairs}
 
     @property
     def prediction_ahead_s(self) -> float | None:

@@ -19,5 +19,6 @@ cdef class TargetTable:
     cdef RadixTree pins
     cdef int _grow(self, uint32_t row) except -1
     cdef Target* _row(self, row) except NULL
+    cdef bint _is_within(self, uint32_t row, double blocks, double prefill_tokens, double prefill_batches) noexcept
     cdef void _set_groups(self, uint32_t row, Groups* groups) noexcept
     cdef Target* _booked(self, uint64_t ticket, uint32_t* row) noexcept

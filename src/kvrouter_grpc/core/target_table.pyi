@@ -1,3 +1,4 @@
+from array import array
 from collections.abc import Hashable, Sequence
 
 from typing_extensions import Buffer
@@ -78,7 +79,9 @@ class TargetTable:
     def set_freshness(self, row: int, freshness: float) -> None:
         """How far the index is to be trusted about the target, 0..1."""
 
-    def describe(self, row: int, *, total_blocks: int = 0, identity: int = 0, on_cpu: bool = False) -> None:
+    def describe(
+        self, row: int, *, total_blocks: int = 0, identity: int = 0, on_cpu: bool = False, batch_tokens: int = 0
+    ) -> None:
         """Says what a target is.
 
         Args:
@@ -86,10 +89,27 @@ class TargetTable:
             total_blocks: Blocks that its device cache has room for; 0 when not known.
             identity: u64 by which sessions find it, the same in every router.
             on_cpu: Whether it is of the slower kind that mode device-aware-weighted gives less.
+            batch_tokens: Tokens that its engine computes in one step; 0 when not known, then 10,000,000 are taken.
         """
 
     def load(self, row: int) -> tuple[int, int, int]:
         """(requests in flight, prompt tokens that wait for a first token, distinct blocks pinned), foreign ones too."""
+
+    def within(self, rows: array[int], blocks: float, prefill_tokens: float, prefill_batches: float) -> array[int]:
+        """Those of some rows whose load, foreign load included, is not above any of the limits; infinity is none.
+
+        Args:
+            rows: `array("I")`.
+            blocks: Blocks pinned, as a fraction of those there are; where that is not known they are not limited.
+            prefill_tokens: Prompt tokens that wait for a first token.
+            prefill_batches: The same, as a multiple of the tokens that the engine computes in one step.
+
+        Returns:
+            `rows` itself when that is all of them, else a new `array("I")` in their order.
+
+        Raises:
+            KeyError: A row is not in use.
+        """
 
     def waiting(self, row: int) -> int:
         """Requests without a first token, foreign ones too."""

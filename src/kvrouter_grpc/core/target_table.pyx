@@ -6,6 +6,7 @@ index counts nothing but what engines hold.
 """
 
 cimport cython
+from cpython.array cimport array, clone
 from libc.stdint cimport UINT32_MAX, int64_t, uint32_t, uint64_t
 from libc.stdlib cimport free, malloc, realloc
 from libc.string cimport memset
@@ -35,6 +36,9 @@ cdef enum:
     MOST_BLOCKS = 1 << 20  # of one booking
     MOST_FOREIGN = 1 << 24  # requests
     BLOCK = 1 << PART_BITS  # parts
+    UNKNOWN_BATCH_TOKENS = 10_000_000  # for an engine that tells none: more than any has
+
+cdef array NO_ROWS = array("I")
 
 
 @cython.final
@@ -76,6 +80,7 @@ cdef class TargetTable:
             self.rows[row].slots[tier] = NO_SLOT
         self.rows[row].in_use = True
         self.ledgers[row].birth = self.births
+        self.ledgers[row].batch_tokens = UNKNOWN_BATCH_TOKENS
         self.found[target] = row
         self.version += 1
         return row
@@ -230,10 +235,11 @@ cdef class TargetTable:
             raise ValueError(f"freshness must be in 0..1, not {freshness}")
         self._row(row).freshness = freshness
 
-    def describe(self, row, *, total_blocks=0, identity=0, on_cpu=False):
+    def describe(self, row, *, total_blocks=0, identity=0, on_cpu=False, batch_tokens=0):
         """What a target is, as far as decisions ask."""
         cdef Target* target = self._row(row)
         self.ledgers[<uint32_t>row].identity = as_u64("identity", identity)
+        self.ledgers[<uint32_t>row].batch_tokens = min(max(batch_tokens, 0), UINT32_MAX) or UNKNOWN_BATCH_TOKENS
         target.total_blocks = min(max(total_blocks, 0), UINT32_MAX)
         target.on_cpu = bool(on_cpu)
 
@@ -243,6 +249,36 @@ cdef class TargetTable:
         """(active requests, queued prefill tokens, active blocks), whoever sent them."""
         cdef Target* target = self._row(row)
         return target.active_requests, target.queued_prefill_tokens, active_blocks(target)
+
+    def within(self, rows, double blocks, double prefill_tokens, double prefill_batches):
+        """Those of some rows whose load is not above any limit; `rows` itself when that is all of them."""
+        cdef const uint32_t[::1] asked = rows
+        cdef uint32_t count = <uint32_t>asked.shape[0]
+        cdef uint32_t kept = 0
+        cdef uint32_t i
+        cdef uint32_t row
+        cdef array left
+        for i in range(count):
+            row = asked[i]
+            if row >= self.capacity or not self.rows[row].in_use:
+                raise KeyError(f"row {row} is not in use")
+            kept += self._is_within(row, blocks, prefill_tokens, prefill_batches)
+        if kept == count:
+            return rows
+        left = clone(NO_ROWS, kept, zero=False)
+        kept = 0
+        for i in range(count):
+            if self._is_within(asked[i], blocks, prefill_tokens, prefill_batches):
+                left.data.as_uints[kept] = asked[i]
+                kept += 1
+        return left
+
+    cdef bint _is_within(self, uint32_t row, double blocks, double prefill_tokens, double prefill_batches) noexcept:
+        cdef const Target* target = &self.rows[row]
+        cdef double tokens = <double>target.queued_prefill_tokens
+        if tokens > prefill_tokens or tokens > prefill_batches * <double>self.ledgers[row].batch_tokens:
+            return False
+        return target.total_blocks == 0 or <double>active_blocks(target) <= blocks * <double>target.total_blocks
 
     def waiting(self, row):
         """Requests without a first token, whoever sent them."""

@@ -171,12 +171,30 @@ class RouterCollector(Collector):
         expired = CounterMetricFamily(
             PREFIX + "reservations_expired", "Reservations that nobody freed.", labels=("endpoint",)
         )
+        waiting = GaugeMetricFamily(
+            PREFIX + "queue_waiting_requests", "Requests that wait for busy workers.", labels=("endpoint",)
+        )
+        waits = GaugeMetricFamily(
+            PREFIX + "queue_estimated_wait_seconds",
+            "About how long one that came now would wait.",
+            labels=("endpoint",),
+        )
+        waited = CounterMetricFamily(
+            PREFIX + "queue_requests",
+            "Requests that have waited, by what became of them.",
+            labels=("endpoint", "outcome"),
+        )
         for endpoint, router in self._routers.items():
+            if (admission := router.admission) is not None:
+                waiting.add_metric((endpoint,), len(admission.queue))
+                waits.add_metric((endpoint,), admission.estimated_wait_s if len(admission.queue) else 0)
+                for outcome, count in admission.outcomes.items():
+                    waited.add_metric((endpoint, outcome), count)
             stats = router.index.stats()
             for kind, family in families.items():
                 family.add_metric((endpoint,), stats.get(kind, 0))
             expired.add_metric((endpoint,), router.loads.expired)
-        yield from (*families.values(), expired)
+        yield from (*families.values(), expired, waiting, waits, waited)
 
 
 class MetricsServer:

@@ -3,9 +3,11 @@
 from collections.abc import Collection, Sequence
 
 from kvrouter_grpc.errors import (
+    AllWorkersOverloadedError,
     InvalidRequestError,
     NoWorkersError,
     PinnedWorkerNotAllowedError,
+    PinnedWorkerOverloadedError,
     PinnedWorkerUnavailableError,
     UnknownModelError,
     UnknownWorkerError,
@@ -85,6 +87,22 @@ def check_model(workers: Sequence[Worker], model: str) -> None:
             f"model: no worker serves {model!r}; served are {', '.join(served) or 'none yet'}",
             metadata={"model": model},
         )
+
+
+def overloaded(
+    endpoint: str, worker: Worker, hints: RoutingHints
+) -> AllWorkersOverloadedError | PinnedWorkerOverloadedError:
+    """The error of a request whose workers are all above a threshold; `worker` is one of them."""
+    if hints.worker_id is not None:
+        return PinnedWorkerOverloadedError(
+            f"routing.worker_id: {worker.spec.name} is above a threshold of its endpoint; a pin is never rerouted",
+            metadata={"worker": worker.spec.name},
+        )
+    return AllWorkersOverloadedError(
+        f"every worker of endpoint {endpoint} that could take the request is above one of its thresholds "
+        "(--active-decode-blocks-threshold, --active-prefill-tokens-threshold[-frac])",
+        metadata={"endpoint": endpoint},
+    )
 
 
 def none_eligible(

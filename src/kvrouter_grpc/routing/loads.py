@@ -120,8 +120,12 @@ class Lease:
     def first_token(self) -> None:
         """The prompt is computed: it no longer waits. Idempotent."""
         if self.prefilling:
-            self.prefilling = False
-            self._table.targets.first_token(self._ticket, self._booking.prefill_tokens)
+            self._prefilled()
+            self._table.relieved()
+
+    def _prefilled(self) -> None:
+        self.prefilling = False
+        self._table.targets.first_token(self._ticket, self._booking.prefill_tokens)
 
     def generated(self, tokens: int) -> None:
         """So many more tokens of the answer are there. Costs next to nothing but where a block begins."""
@@ -143,11 +147,13 @@ class Lease:
             return
         if self.prediction is not None:
             self.prediction.end(self._table.clock(), computed=not self.prefilling)
-        self.first_token()
+        if self.prefilling:
+            self._prefilled()
         self.released = True
         seqs, _, share, _ = self._booking
         self._table.targets.release(self._ticket, seqs, share, self._output_parts)
         self._table.forget(self)
+        self._table.relieved()
 
     def __enter__(self) -> Self:
         return self
@@ -169,6 +175,7 @@ class LoadTable:
 
     def __init__(self, targets: TargetTable, clock: Callable[[], float], expiry_s: float) -> None:
         self.expired = 0  # leases that nobody released
+        self.on_relief: Callable[[], None] | None = None  # called when a target has become less busy
         self.targets = targets
         self.clock = clock
         self._expiry_s = expiry_s
@@ -242,6 +249,11 @@ class LoadTable:
         if len(self._deadlines) > 64 + 2 * len(self._leases):
             self._deadlines = [entry for entry in self._deadlines if not entry[2].released]
             heapq.heapify(self._deadlines)
+
+    def relieved(self) -> None:
+        """Called when a target has become less busy."""
+        if self.on_relief is not None:
+            self.on_relief()
 
     def expire(self) -> None:
         """Release every lease that is past its time. Called before each decision; costs little when none is due."""

@@ -170,6 +170,7 @@ class Roster:
                         total_blocks=worker.spec.total_kv_blocks or 0,
                         identity=hash_bytes(b"%d/%d" % target, 0),
                         on_cpu=CPU_TAINT in worker.spec.taints,
+                        batch_tokens=worker.spec.max_num_batched_tokens or 0,
                     )
         roles = {worker.spec.role for worker in workers}
         role = roles.pop() if len(roles) == 1 else Role.BOTH

@@ -4,15 +4,18 @@ import time
 from array import array
 from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 from kvrouter_grpc import advice
 from kvrouter_grpc.config import RouterConfig
 from kvrouter_grpc.core import Choice, Decider, TokenIds, hash_bytes, seed_for
-from kvrouter_grpc.errors import NotReadyError, RouterError
+from kvrouter_grpc.errors import NotReadyError, RouterError, WorkersBusyError
 from kvrouter_grpc.routing import candidates
+from kvrouter_grpc.routing.admission import Admission, Applicant
 from kvrouter_grpc.routing.cost import credit_blocks
 from kvrouter_grpc.routing.forecast import Prediction, forecasts
 from kvrouter_grpc.routing.foreign import ForeignLoad
+from kvrouter_grpc.routing.gate import Gate, Thresholds
 from kvrouter_grpc.routing.index import KvIndex
 from kvrouter_grpc.routing.loads import Booking, Lease, LoadTable, Output, TargetLoad
 from kvrouter_grpc.routing.mode import SESSION_MODES
@@ -70,6 +73,8 @@ class Router:
 
     Attributes:
         asks_for_session: Whether it matters which session a request belongs to.
+        gate: Which workers are too busy.
+        admission: Where requests wait for them; None when they do not.
     """
 
     def __init__(
@@ -82,9 +87,13 @@ class Router:
     ) -> None:
         self.endpoint = endpoint
         self.config = config
-        self.workers = WorkerRegistry(on_worker_change)
+        self.workers = WorkerRegistry(self._worker_changed)
+        self._on_worker_change = on_worker_change
         self.index = KvIndex(config.block_size, self._block_size_differs, clock=clock, **forecasts(config))
         self.loads = LoadTable(self.index.targets, clock, config.request_expiry_s)
+        self.gate = Gate(self.index.targets, Thresholds.of(config), config.queue_threshold)
+        self.admission = Admission(config, clock) if config.queue_threshold is not None else None
+        self.loads.on_relief = self.admission.drain if self.admission is not None else None
         self._roster = Roster(self.workers, self.index.targets)
         self._decider = Decider(self.index.targets, config.seed)
         self._plan = Plan.of(config)
@@ -115,6 +124,11 @@ class Router:
             self._reports.pop(target, None)
             self._foreign.forget(target)
 
+    def _worker_changed(self, worker: Worker) -> None:
+        self.loads.relieved()
+        if self._on_worker_change is not None:
+            self._on_worker_change(worker)
+
     def restore(self, target: Target, started_at: float | None) -> bool:
         """Let a rank that was just added hold what the snapshot says, if there is one; see `Snapshot.restore`."""
         return self.snapshot is not None and self.snapshot.restore(self.index, target, started_at)
@@ -140,6 +154,7 @@ class Router:
             self._reports[target] = report
             hits.reported(report)
             self._foreign.reported(target, report, self._decider.usual_new_tokens, self.loads.clock())
+            self.loads.relieved()
 
     def engine_report(self, target: Target) -> EngineReport | None:
         """The last report of a rank, if there was one."""
@@ -191,7 +206,9 @@ class Router:
         self.loads.expire()
         rows, seed = self._roster.lane(model)
         if not rows:
-            raise self._nobody(model, RoutingHints(), ())
+            raise self._nobody(model, _NO_HINTS, ())
+        if self.gate.limits:
+            rows = self._not_overloaded(rows, _NO_HINTS)
         if self._plan.mode == "direct":
             raise candidates.not_pinned()
         choice = self._decider.decide(tokens, seed, None, self._plan.policy, rows, None, 0, self._turn, False)
@@ -233,6 +250,71 @@ class Router:
             self._sessions.bind(_session_key(hints), decision.target, self.loads.clock())
         return lease
 
+    def admit(
+        self,
+        request_id: str,
+        prompt: Prompt,
+        hints: RoutingHints,
+        settle: Callable[[Lease | Exception], None],
+        *,
+        model: str = "",
+        ttl_s: float | None = None,
+        explain: bool = False,
+        prefilled: bool = False,
+    ) -> Lease | Applicant:
+        """Book as `lease` does; or, where all workers that could take it are busy, let the request wait for them.
+
+        What it finds cached is looked up when it leaves the queue, like everything else of the decision.
+
+        Args:
+            settle: Called once, at any time from now on, when an applicant is returned: with its lease, or with why
+                there is none.
+
+        Returns:
+            The lease, or what `admission.give_up` and `admission.time_out` are called with.
+
+        Raises:
+            RouterError: As `lease`.
+            WorkersBusyError: It would have to wait, and `hints` say that it may not.
+        """
+        book = partial(
+            self.lease, request_id, prompt, hints, model=model, ttl_s=ttl_s, explain=explain, prefilled=prefilled
+        )
+        admission = self.admission
+        if admission is None:
+            return book()
+        admission.check_free(request_id)
+        admission.drain()
+        all_busy = partial(self._all_busy, model, hints)
+        if not all_busy():
+            return book()
+        if not hints.may_wait:
+            raise WorkersBusyError(
+                "every worker that could take the request is busy, and it does not wait (do_not_queue, or it is one of "
+                "a batch)",
+                retry_after_s=admission.estimated_wait_s,
+            )
+        self.loads.check_free(request_id)
+        decision = self.best_worker(prompt, hints, model=model, prefilled=prefilled)
+        applicant = Applicant(
+            (model, hints.worker_id, hints.dp_rank, hints.allowed_worker_ids, hints.required_taints),
+            hints.tenant,
+            hints.strict_priority,
+            hints.priority_jump_s,
+            decision.prompt_tokens,
+            max(1, decision.prompt_tokens - decision.expected_cached_tokens),
+            self.loads.clock(),
+            request_id=request_id,
+            all_busy=all_busy,
+            book=book,
+            settle=settle,
+        )
+        admission.apply(applicant)
+        return applicant
+
+    def _all_busy(self, model: str, hints: RoutingHints) -> bool:
+        return self.gate.all_busy(self._eligible(model, hints, ()))
+
     def _booking(self, seqs: "array[int]", decision: Decision, plan: Plan, hints: RoutingHints) -> Booking:
         weights = plan.weights
         output = None
@@ -261,6 +343,7 @@ class Router:
         self.loads.expire()
         self.index.expire(now)
         self._foreign.fade(self._decider.usual_new_tokens, now)
+        self.loads.relieved()
 
     def first_token(self, lease: Lease) -> None:
         """The prompt of a request that was sent is computed: its blocks are announced or overdue soon. Idempotent."""
@@ -306,6 +389,11 @@ class Router:
         lease = self.loads.lease(request_id)
         lease.first_token()  # whoever frees a request without having said so had it computed
         lease.release()
+
+    def set_thresholds(self, thresholds: Thresholds) -> None:
+        """Replace the loads above which targets get nothing new."""
+        self.gate.thresholds = thresholds
+        self.loads.relieved()
 
     def load(self, target: Target) -> TargetLoad:
         """Work booked on a target."""
@@ -367,9 +455,7 @@ class Router:
         learn: bool = False,
     ) -> Decision:
         self.loads.expire()
-        rows = self._roster.eligible(model, hints, exclude)
-        if not rows:
-            raise self._nobody(model, hints, exclude)
+        rows = self._eligible(model, hints, exclude)
         if plan.mode == "direct" and hints.worker_id is None:
             raise candidates.not_pinned()
         session = _session_key(hints) if hints.session_id else None
@@ -404,6 +490,18 @@ class Router:
             choice.new_tokens,
         )
 
+    def _eligible(self, model: str, hints: RoutingHints, exclude: Collection[Target]) -> "array[int]":
+        rows = self._roster.eligible(model, hints, exclude)
+        if not rows:
+            raise self._nobody(model, hints, exclude)
+        return self._not_overloaded(rows, hints) if self.gate.limits else rows
+
+    def _not_overloaded(self, rows: "array[int]", hints: RoutingHints) -> "array[int]":
+        below = self.gate.below(rows)
+        if not below:
+            raise candidates.overloaded(self.endpoint, self._roster.seat(rows[0]).worker, hints)
+        return below
+
     def _nobody(self, model: str, hints: RoutingHints, exclude: Collection[Target]) -> RouterError:
         return candidates.none_eligible(self.endpoint, list(self._roster.drops(model, hints, exclude)), hints)
 
@@ -417,14 +515,18 @@ class Router:
         self, rows: "array[int]", asked: "array[int]", model: str, hints: RoutingHints, exclude: Collection[Target]
     ) -> Iterator[tuple[Worker, Target, str]]:
         yield from self._roster.drops(model, hints, exclude)
-        for row in rows if asked is not rows else ():
-            if row not in asked:
-                seat = self._roster.seat(row)
-                yield (
-                    seat.worker,
-                    seat.target,
-                    f"its session is bound to {self._roster.seat(asked[0]).worker.spec.name}",
-                )
+        if self.gate.limits:
+            able = self._roster.eligible(model, hints, exclude)
+            overloaded = [row for row in able if row not in rows]
+            yield from self._dropped(overloaded, "overloaded: above a threshold of the endpoint")
+        if asked is not rows:
+            bound = self._roster.seat(asked[0]).worker.spec.name
+            yield from self._dropped((row for row in rows if row not in asked), f"its session is bound to {bound}")
+
+    def _dropped(self, rows: Iterable[int], reason: str) -> Iterator[tuple[Worker, Target, str]]:
+        for row in rows:
+            seat = self._roster.seat(row)
+            yield seat.worker, seat.target, reason
 
     def _preferences(self, rows: "array[int]", hints: RoutingHints) -> "array[float]":
         preferred = hints.preferred_taints
@@ -447,6 +549,7 @@ class Router:
         return (*scored, *dropped)
 
 
+_NO_HINTS = RoutingHints()
 _NO_BLOCKS = array("Q")
 
 

@@ -11,6 +11,7 @@ from kvrouter_grpc.routing.router import Router
 from kvrouter_grpc.server import duration
 from kvrouter_grpc.server.boundary import Context
 from kvrouter_grpc.server.endpoints import Endpoints
+from kvrouter_grpc.server.overload import queue_status, read_thresholds, thresholds_message
 from kvrouter_grpc.server.violations import Violations
 from kvrouter_grpc.server.worker_messages import index_stats, read_spec, worker_loads, worker_status
 from kvrouter_grpc.snapshots import source
@@ -95,7 +96,27 @@ class AdminService(admin_pb2_grpc.KvRouterAdminServicer):
             response.indexes.append(index_stats(router))
             for reason, count in sorted(self._relay.prefills(router.endpoint).items()):
                 response.prefills.add(endpoint=router.endpoint, reason=reason, count=count)
+            if (queue := queue_status(router)) is not None:
+                response.queues.append(queue)
         return response
+
+    async def GetThresholds(  # noqa: N802
+        self, request: admin_pb2.GetThresholdsRequest, _context: Context
+    ) -> admin_pb2.GetThresholdsResponse:
+        """See the contract."""
+        routers = self._endpoints.some(request.endpoint)
+        return admin_pb2.GetThresholdsResponse(endpoints=map(thresholds_message, routers))
+
+    async def SetThresholds(  # noqa: N802
+        self, request: admin_pb2.SetThresholdsRequest, _context: Context
+    ) -> admin_pb2.SetThresholdsResponse:
+        """See the contract."""
+        violations = Violations()
+        router = self._endpoints.one(request.endpoint)
+        thresholds = read_thresholds(request.thresholds, violations)
+        violations.raise_if_any()
+        router.set_thresholds(thresholds)
+        return admin_pb2.SetThresholdsResponse()
 
     async def StreamSnapshot(  # noqa: N802
         self, request: admin_pb2.StreamSnapshotRequest, _context: Context

@@ -14,6 +14,7 @@ MAX_TAINTS = 64
 MAX_TAINT = 256
 MAX_PRIORITY_JUMP_S = 86_400.0
 MAX_SESSION = 256
+MAX_TENANT = 256
 
 _NOT_NEGATIVE = Bounds(0, 1_000_000)  # the upper end keeps every cost finite
 _EITHER_SIGN = Bounds(-1_000_000, 1_000_000)
@@ -65,6 +66,8 @@ def read_hints(
         expected_output_tokens=(routing.expected_output_tokens if routing.HasField("expected_output_tokens") else None),
         strict_priority=routing.strict_priority,
         priority_jump_s=_read_priority_jump(routing.priority_jump_s, violations),
+        tenant=_read_tenant(routing.tenant, violations),
+        may_wait=not routing.do_not_queue,
         session_id=_read_session("routing.session_id", routing.session_id, violations) or session_id,
         override=override,
         prefill_worker_id=routing.prefill_worker_id if leg else None,
@@ -130,6 +133,12 @@ def _read_session(field: str, session_id: str, violations: Violations) -> str:
     if session_id:
         violations.check_text(field, session_id, MAX_SESSION)
     return session_id
+
+
+def _read_tenant(tenant: str, violations: Violations) -> str:
+    if tenant:
+        violations.check_text("routing.tenant", tenant, MAX_TENANT)
+    return tenant
 
 
 def _read_pin(routing: router_pb2.RoutingHints, role: Role, violations: Violations) -> tuple[int | None, int | None]:

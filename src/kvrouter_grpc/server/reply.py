@@ -9,6 +9,7 @@ from kvrouter_grpc.core import best_worker_head
 from kvrouter_grpc.routing.loads import TargetLoad
 from kvrouter_grpc.routing.roster import Seat
 from kvrouter_grpc.routing.router import OverlapScores
+from kvrouter_grpc.server import duration
 from kvrouter_grpc.types import Candidate, Decision, EngineChunk, Overlap, TokenLogprob
 from kvrouter_grpc.upstream.prefill_leg import Handover
 
@@ -41,6 +42,8 @@ def write_routing_data(
     message.attempts = attempts
     message.freshness = decision.freshness
     message.request_id = request_id
+    if decision.queued_s:
+        duration.write(message.queued, decision.queued_s)
     if prefill is not None:
         _write_prefill(message.prefill, prefill)
 
@@ -68,6 +71,8 @@ def write_best_worker(message: router_pb2.BestWorkerIdResponse, decision: Decisi
     message.block_size = decision.block_size
     message.cost = decision.cost
     message.freshness = decision.freshness
+    if decision.queued_s:
+        duration.write(message.queued, decision.queued_s)
     booked = message.load
     booked.active_requests = load.active_requests
     booked.queued_prefill_tokens = load.queued_prefill_tokens

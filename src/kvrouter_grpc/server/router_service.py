@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from contextlib import aclosing
+from dataclasses import replace
 from typing import Any, cast
 
 import grpc
@@ -38,6 +39,7 @@ from kvrouter_grpc.server.tokenizer import Tokenizer
 from kvrouter_grpc.server.violations import Violations
 from kvrouter_grpc.types import Decision, EngineRequest, Prompt
 from kvrouter_grpc.upstream.relay import Relay
+from kvrouter_grpc.upstream.waiting import booked
 
 QUERY_ONLY = "query_instance_id"
 MAX_BATCH = 1024
@@ -226,7 +228,7 @@ class RouterService:
         return best_worker_reply(head, choice, load, len(tokens), router.index.block_size)
 
     async def _decide(self, asked: Asked[router_pb2.BestWorkerIdRequest], context: Context | None = None) -> bytes:
-        """The reply to any request. Gives way to others only when a text is tokenized.
+        """The reply to any request. Gives way to others only when a text is tokenized or a reservation has to wait.
 
         Args:
             asked: The request.
@@ -251,7 +253,10 @@ class RouterService:
         explain = request.include_candidates
         reply = router_pb2.BestWorkerIdResponse()
         if request.reserve:
-            lease = router.lease(request.request_id, prompt, hints, model=model, ttl_s=ttl_s, explain=explain)
+            if context is None:
+                hints = replace(hints, may_wait=False)  # it would hold up the others of its batch
+            name = request.request_id
+            lease = await booked(router, name, prompt, hints, model=model, ttl_s=ttl_s, explain=explain)
             decision = lease.decision
             duration.write(reply.reservation_ttl, lease.expires_in_s)
         else:

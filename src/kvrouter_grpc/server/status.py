@@ -37,6 +37,11 @@ CODES: Mapping[type[RouterError], grpc.StatusCode] = {
     errors.NotReadyError: grpc.StatusCode.UNAVAILABLE,
     errors.DrainingError: grpc.StatusCode.UNAVAILABLE,
     errors.OverloadedError: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    errors.AllWorkersOverloadedError: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    errors.PinnedWorkerOverloadedError: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    errors.WorkersBusyError: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    errors.QueueFullError: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    errors.QueueTimeoutError: grpc.StatusCode.RESOURCE_EXHAUSTED,
     # The engine's fault.
     errors.UpstreamError: grpc.StatusCode.UNAVAILABLE,
     errors.UpstreamUnavailableError: grpc.StatusCode.UNAVAILABLE,

@@ -16,11 +16,18 @@ from dataclasses import replace
 import structlog
 
 from kvrouter_grpc.config import LocalPrefill
-from kvrouter_grpc.errors import RouterError, UpstreamError, UpstreamTimeoutError, UpstreamUnavailableError
+from kvrouter_grpc.errors import (
+    QueueTimeoutError,
+    RouterError,
+    UpstreamError,
+    UpstreamTimeoutError,
+    UpstreamUnavailableError,
+)
 from kvrouter_grpc.routing.loads import Lease
 from kvrouter_grpc.routing.router import Router
 from kvrouter_grpc.types import Decision, EngineRequest, Json, Prompt, RoutingHints, Target, Usage
 from kvrouter_grpc.upstream.vllm_http import VllmHttpClient
+from kvrouter_grpc.upstream.waiting import booked
 
 NOT_WORTHWHILE = "NOT_WORTHWHILE"
 NOT_TRANSFERABLE = "NOT_TRANSFERABLE"
@@ -44,7 +51,7 @@ class PrefillLeg:
     Args:
         pool: The router of the prefill workers.
         local: Which prompts are not worth it; None asks the pool for all.
-        timeout_s: Longest leg, queueing included.
+        timeout_s: Longest leg, and longest wait for one in the pool's queue.
         client: Gives the client of a worker by its id.
         on_failure: Called with each prefill worker that failed.
     """
@@ -102,14 +109,18 @@ class PrefillLeg:
                 handover.leave(NOT_WORTHWHILE)
         return handover
 
-    def book(self, prompt: Prompt, hints: RoutingHints, request: EngineRequest) -> Lease:
-        """Pick a prefill worker and book the prompt there.
+    async def book(self, prompt: Prompt, hints: RoutingHints, request: EngineRequest) -> Lease:
+        """Pick a prefill worker and book the prompt there, when its turn in the pool's queue has come.
 
         Raises:
             RouterError: Nobody can take it.
         """
-        hints = _in_the_pool(hints)
-        return self._pool.lease(request.request_id, prompt, hints, model=request.model, ttl_s=math.inf)
+        hints, name = _in_the_pool(hints), request.request_id
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                return await booked(self._pool, name, prompt, hints, model=request.model, ttl_s=math.inf)
+        except TimeoutError:
+            raise QueueTimeoutError(f"no prefill worker took the prompt within {self._timeout_s:g} s") from None
 
     async def ask(self, lease: Lease, prompt: Prompt, request: EngineRequest) -> dict[str, Json] | None:
         """Have the booked worker compute the prompt; gives its transfer parameters, None when it has none to give.
@@ -208,7 +219,7 @@ class Handover:
 
     async def _prefilled(self) -> EngineRequest | None:
         try:
-            with self._leg.book(self._prompt, self._hints, self._request) as lease:
+            with await self._leg.book(self._prompt, self._hints, self._request) as lease:
                 self.decision = lease.decision
                 params = await self._leg.ask(lease, self._prompt, self._request)
         except RouterError as error:

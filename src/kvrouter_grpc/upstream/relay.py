@@ -6,11 +6,12 @@ from contextlib import aclosing
 from dataclasses import dataclass
 
 from kvrouter_grpc.config import UpstreamConfig
-from kvrouter_grpc.errors import NoWorkersError, UpstreamError
+from kvrouter_grpc.errors import NoWorkersError, OverloadedError, UpstreamError
 from kvrouter_grpc.routing.router import Router
 from kvrouter_grpc.types import Decision, EngineChunk, EngineRequest, Prompt, RoutingHints, Target, Usage
 from kvrouter_grpc.upstream.prefill_leg import Handover, PrefillLeg
 from kvrouter_grpc.upstream.vllm_http import VllmHttpClient
+from kvrouter_grpc.upstream.waiting import booked
 
 
 @dataclass(slots=True)
@@ -70,28 +71,32 @@ class Relay:
     ) -> AsyncGenerator[RelayStep, None]:
         """Route, send and stream. Closing the generator aborts the request in the engine and releases its load.
 
+        Waits in the endpoint's queue while all workers are busy; a request that comes back from a worker has had its
+        turn.
+
         Raises:
             RouterError: Of the decision, or of the engine. Before the first token the last failure of up to
                 `retries` further workers; a pinned request is never sent elsewhere.
         """
         tried: set[Target] = set()
         attempts = 0
+        queued_s: float | None = None  # once it has had its turn
         failure: UpstreamError | None = None
         leg = self._legs.get(router.endpoint)
         prefill = leg.begin(router, prompt, hints, request) if leg is not None else None
         while True:
             try:
                 # Booked before the prefill leg: of requests that come together, the next one sees this one.
-                lease = router.lease(
-                    request.request_id,
-                    prompt,
-                    hints,
-                    model=request.model,
-                    ttl_s=math.inf,
-                    exclude=tried,
-                    prefilled=prefill is not None and prefill.remote,
-                )
-            except NoWorkersError:
+                name, model, remote = request.request_id, request.model, prefill is not None and prefill.remote
+                if queued_s is None:
+                    lease = await booked(router, name, prompt, hints, model=model, ttl_s=math.inf, prefilled=remote)
+                    queued_s = lease.decision.queued_s
+                else:
+                    lease = router.lease(
+                        name, prompt, hints, model=model, ttl_s=math.inf, exclude=tried, prefilled=remote
+                    )
+                    lease.decision.queued_s = queued_s
+            except (NoWorkersError, OverloadedError):
                 if failure is not None:
                     raise failure from None
                 raise

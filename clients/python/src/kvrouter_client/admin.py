@@ -9,7 +9,7 @@ from ._gen import admin_pb2, admin_pb2_grpc
 from .channel import DEFAULT_TIMEOUT_S, open_channel
 from .client import put_seconds
 from .errors import rpc_errors
-from .fleet import Fleet, Loads, WorkerSpec
+from .fleet import Fleet, Loads, Thresholds, WorkerSpec
 
 
 class KvRouterAdminClient:
@@ -94,3 +94,16 @@ class KvRouterAdminClient:
         request = admin_pb2.GetLoadsRequest(endpoint=endpoint)
         with rpc_errors():
             return Loads.from_proto(await self._stub.GetLoads(request, timeout=self._timeout_s))
+
+    async def get_thresholds(self, endpoint: str = "") -> dict[str, Thresholds]:
+        """Endpoint to the loads above which its workers get nothing new."""
+        request = admin_pb2.GetThresholdsRequest(endpoint=endpoint)
+        with rpc_errors():
+            reply = await self._stub.GetThresholds(request, timeout=self._timeout_s)
+        return {each.endpoint: Thresholds.from_proto(each.thresholds) for each in reply.endpoints}
+
+    async def set_thresholds(self, thresholds: Thresholds, endpoint: str = "") -> None:
+        """Replace them for one endpoint, until the router ends."""
+        request = admin_pb2.SetThresholdsRequest(endpoint=endpoint, thresholds=thresholds.to_proto())
+        with rpc_errors():
+            await self._stub.SetThresholds(request, timeout=self._timeout_s)

@@ -373,12 +373,77 @@ class PrefillCount:
 
 
 @dataclass(frozen=True, slots=True)
+class QueueClass:
+    """The requests of one strict priority that wait."""
+
+    strict_priority: int
+    waiting: int
+    waiting_tokens: int  # uncached tokens of their prompts
+    longest_wait_s: float
+
+    @classmethod
+    def from_proto(cls, message: admin_pb2.QueueClass) -> "QueueClass":
+        """Convert."""
+        longest_wait_s = message.longest_wait.ToTimedelta().total_seconds()
+        return cls(message.strict_priority, message.waiting, message.waiting_tokens, longest_wait_s)
+
+
+@dataclass(frozen=True, slots=True)
+class QueueStatus:
+    """The requests of one endpoint that wait, and what became of those that did."""
+
+    endpoint: str
+    classes: tuple[QueueClass, ...]  # highest strict priority first; empty when nobody waits
+    estimated_wait_s: float
+    admitted: int
+    refused: int
+    timed_out: int
+    gone: int
+
+    @classmethod
+    def from_proto(cls, message: admin_pb2.QueueStatus) -> "QueueStatus":
+        """Convert."""
+        return cls(
+            endpoint=message.endpoint,
+            classes=tuple(QueueClass.from_proto(each) for each in message.classes),
+            estimated_wait_s=message.estimated_wait.ToTimedelta().total_seconds(),
+            admitted=message.admitted,
+            refused=message.refused,
+            timed_out=message.timed_out,
+            gone=message.gone,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Thresholds:
+    """Loads above which a target of an endpoint gets nothing new; None for no limit."""
+
+    active_decode_blocks: float | None = None  # fraction of the blocks of its KV cache
+    active_prefill_tokens: int | None = None
+    active_prefill_tokens_frac: float | None = None  # of the tokens that its engine computes in one step
+
+    def to_proto(self) -> admin_pb2.Thresholds:
+        """Convert."""
+        return admin_pb2.Thresholds(
+            active_decode_blocks=self.active_decode_blocks,
+            active_prefill_tokens=self.active_prefill_tokens,
+            active_prefill_tokens_frac=self.active_prefill_tokens_frac,
+        )
+
+    @classmethod
+    def from_proto(cls, message: admin_pb2.Thresholds) -> "Thresholds":
+        """Convert."""
+        return cls(**{field.name: value for field, value in message.ListFields()})
+
+
+@dataclass(frozen=True, slots=True)
 class Loads:
     """Loads, sorted by endpoint, name and rank, and one index per endpoint."""
 
     loads: tuple[WorkerLoad, ...]
     indexes: tuple[IndexStats, ...]
     prefills: tuple[PrefillCount, ...] = ()
+    queues: tuple[QueueStatus, ...] = ()  # of endpoints whose requests wait while workers are busy
 
     @classmethod
     def from_proto(cls, message: admin_pb2.GetLoadsResponse) -> "Loads":
@@ -387,4 +452,5 @@ class Loads:
             tuple(WorkerLoad.from_proto(each) for each in message.loads),
             tuple(IndexStats.from_proto(each) for each in message.indexes),
             tuple(PrefillCount.from_proto(each) for each in message.prefills),
+            tuple(QueueStatus.from_proto(each) for each in message.queues),
         )

@@ -97,6 +97,7 @@ class WorkerChoice:
     load: TargetLoad  # without this request
     candidates: tuple[Candidate, ...] = ()  # cheapest first; empty unless asked for
     reservation_ttl_s: float | None = None
+    queued_s: float = 0.0  # that the reservation waited for a worker that is not busy
 
     @classmethod
     def from_proto(cls, message: router_pb2.BestWorkerIdResponse) -> "WorkerChoice":
@@ -117,6 +118,7 @@ class WorkerChoice:
             load=TargetLoad.from_proto(message.load),
             candidates=tuple(Candidate.from_proto(each) for each in message.candidates),
             reservation_ttl_s=message.reservation_ttl.ToTimedelta().total_seconds() if reserved else None,
+            queued_s=message.queued.ToTimedelta().total_seconds(),
         )
 
 
@@ -265,6 +267,7 @@ class RoutingData:
     freshness: float
     request_id: str
     prefill: PrefillData | None = None  # where the endpoint has a prefill pool
+    queued_s: float = 0.0  # that the request waited for a worker that is not busy
 
     @classmethod
     def from_proto(cls, message: router_pb2.RoutingData) -> "RoutingData":
@@ -280,6 +283,7 @@ class RoutingData:
             freshness=message.freshness,
             request_id=message.request_id,
             prefill=PrefillData.from_proto(message.prefill) if message.HasField("prefill") else None,
+            queued_s=message.queued.ToTimedelta().total_seconds(),
         )
 
 

@@ -904,6 +904,7 @@ class GetLoadsResponse(_message.Message):
     LOADS_FIELD_NUMBER: _builtins.int
     INDEXES_FIELD_NUMBER: _builtins.int
     PREFILLS_FIELD_NUMBER: _builtins.int
+    QUEUES_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def loads(self) -> _containers.RepeatedCompositeFieldContainer[Global___WorkerLoad]:
         """Every target, sorted by endpoint, name and rank."""
@@ -916,20 +917,273 @@ class GetLoadsResponse(_message.Message):
     def prefills(self) -> _containers.RepeatedCompositeFieldContainer[Global___PrefillCount]:
         """Of endpoints with a prefill pool, sorted by endpoint and reason."""
 
+    @_builtins.property
+    def queues(self) -> _containers.RepeatedCompositeFieldContainer[Global___QueueStatus]:
+        """One per endpoint whose requests wait while its workers are busy (`--router-queue-threshold`)."""
+
     def __init__(
         self,
         *,
         loads: _abc.Iterable[Global___WorkerLoad] | None = ...,
         indexes: _abc.Iterable[Global___IndexStats] | None = ...,
         prefills: _abc.Iterable[Global___PrefillCount] | None = ...,
+        queues: _abc.Iterable[Global___QueueStatus] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["indexes", b"indexes", "loads", b"loads", "prefills", b"prefills"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["indexes", b"indexes", "loads", b"loads", "prefills", b"prefills", "queues", b"queues"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___GetLoadsResponse: _TypeAlias = GetLoadsResponse  # noqa: Y015
+
+@_typing.final
+class QueueStatus(_message.Message):
+    """The requests of one endpoint that wait."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ENDPOINT_FIELD_NUMBER: _builtins.int
+    CLASSES_FIELD_NUMBER: _builtins.int
+    ESTIMATED_WAIT_FIELD_NUMBER: _builtins.int
+    ADMITTED_FIELD_NUMBER: _builtins.int
+    REFUSED_FIELD_NUMBER: _builtins.int
+    TIMED_OUT_FIELD_NUMBER: _builtins.int
+    GONE_FIELD_NUMBER: _builtins.int
+    endpoint: _builtins.str
+    """The endpoint."""
+    admitted: _builtins.int
+    """Requests that were let go after they had waited, since the router started, as are the following."""
+    refused: _builtins.int
+    """Requests for which there was no room, or no longer."""
+    timed_out: _builtins.int
+    """Requests that waited too long."""
+    gone: _builtins.int
+    """Requests whose callers went away."""
+    @_builtins.property
+    def classes(self) -> _containers.RepeatedCompositeFieldContainer[Global___QueueClass]:
+        """Those that wait, highest strict priority first; none when nobody waits."""
+
+    @_builtins.property
+    def estimated_wait(self) -> _duration_pb2.Duration:
+        """About how long a request that comes now will wait."""
+
+    def __init__(
+        self,
+        *,
+        endpoint: _builtins.str = ...,
+        classes: _abc.Iterable[Global___QueueClass] | None = ...,
+        estimated_wait: _duration_pb2.Duration | None = ...,
+        admitted: _builtins.int = ...,
+        refused: _builtins.int = ...,
+        timed_out: _builtins.int = ...,
+        gone: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["estimated_wait", b"estimated_wait"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["admitted", b"admitted", "classes", b"classes", "endpoint", b"endpoint", "estimated_wait", b"estimated_wait", "gone", b"gone", "refused", b"refused", "timed_out", b"timed_out"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___QueueStatus: _TypeAlias = QueueStatus  # noqa: Y015
+
+@_typing.final
+class QueueClass(_message.Message):
+    """The requests of one strict priority that wait."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    STRICT_PRIORITY_FIELD_NUMBER: _builtins.int
+    WAITING_FIELD_NUMBER: _builtins.int
+    WAITING_TOKENS_FIELD_NUMBER: _builtins.int
+    LONGEST_WAIT_FIELD_NUMBER: _builtins.int
+    strict_priority: _builtins.int
+    """The class."""
+    waiting: _builtins.int
+    """Requests."""
+    waiting_tokens: _builtins.int
+    """Uncached tokens of their prompts."""
+    @_builtins.property
+    def longest_wait(self) -> _duration_pb2.Duration:
+        """How long the oldest of them has waited."""
+
+    def __init__(
+        self,
+        *,
+        strict_priority: _builtins.int = ...,
+        waiting: _builtins.int = ...,
+        waiting_tokens: _builtins.int = ...,
+        longest_wait: _duration_pb2.Duration | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["longest_wait", b"longest_wait"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["longest_wait", b"longest_wait", "strict_priority", b"strict_priority", "waiting", b"waiting", "waiting_tokens", b"waiting_tokens"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___QueueClass: _TypeAlias = QueueClass  # noqa: Y015
+
+@_typing.final
+class Thresholds(_message.Message):
+    """Loads above which a target of an endpoint is overloaded: it gets nothing new, and when all are, requests end with
+    RESOURCE_EXHAUSTED. A field that is absent is no limit.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ACTIVE_DECODE_BLOCKS_FIELD_NUMBER: _builtins.int
+    ACTIVE_PREFILL_TOKENS_FIELD_NUMBER: _builtins.int
+    ACTIVE_PREFILL_TOKENS_FRAC_FIELD_NUMBER: _builtins.int
+    active_decode_blocks: _builtins.float
+    """Fraction of the blocks of its KV cache that requests in flight hold, 0 to 1."""
+    active_prefill_tokens: _builtins.int
+    """Prompt tokens that wait for a first token."""
+    active_prefill_tokens_frac: _builtins.float
+    """The same, as a fraction of the tokens that its engine computes in one step (`max_num_batched_tokens`)."""
+    def __init__(
+        self,
+        *,
+        active_decode_blocks: _builtins.float | None = ...,
+        active_prefill_tokens: _builtins.int | None = ...,
+        active_prefill_tokens_frac: _builtins.float | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_active_decode_blocks", b"_active_decode_blocks", "_active_prefill_tokens", b"_active_prefill_tokens", "_active_prefill_tokens_frac", b"_active_prefill_tokens_frac", "active_decode_blocks", b"active_decode_blocks", "active_prefill_tokens", b"active_prefill_tokens", "active_prefill_tokens_frac", b"active_prefill_tokens_frac"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_active_decode_blocks", b"_active_decode_blocks", "_active_prefill_tokens", b"_active_prefill_tokens", "_active_prefill_tokens_frac", b"_active_prefill_tokens_frac", "active_decode_blocks", b"active_decode_blocks", "active_prefill_tokens", b"active_prefill_tokens", "active_prefill_tokens_frac", b"active_prefill_tokens_frac"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__active_decode_blocks: _TypeAlias = _typing.Literal["active_decode_blocks"]  # noqa: Y015
+    _WhichOneofArgType__active_decode_blocks: _TypeAlias = _typing.Literal["_active_decode_blocks", b"_active_decode_blocks"]  # noqa: Y015
+    _WhichOneofReturnType__active_prefill_tokens: _TypeAlias = _typing.Literal["active_prefill_tokens"]  # noqa: Y015
+    _WhichOneofArgType__active_prefill_tokens: _TypeAlias = _typing.Literal["_active_prefill_tokens", b"_active_prefill_tokens"]  # noqa: Y015
+    _WhichOneofReturnType__active_prefill_tokens_frac: _TypeAlias = _typing.Literal["active_prefill_tokens_frac"]  # noqa: Y015
+    _WhichOneofArgType__active_prefill_tokens_frac: _TypeAlias = _typing.Literal["_active_prefill_tokens_frac", b"_active_prefill_tokens_frac"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__active_decode_blocks) -> _WhichOneofReturnType__active_decode_blocks | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__active_prefill_tokens) -> _WhichOneofReturnType__active_prefill_tokens | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__active_prefill_tokens_frac) -> _WhichOneofReturnType__active_prefill_tokens_frac | None: ...
+
+Global___Thresholds: _TypeAlias = Thresholds  # noqa: Y015
+
+@_typing.final
+class EndpointThresholds(_message.Message):
+    """The thresholds of one endpoint."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ENDPOINT_FIELD_NUMBER: _builtins.int
+    THRESHOLDS_FIELD_NUMBER: _builtins.int
+    endpoint: _builtins.str
+    """The endpoint."""
+    @_builtins.property
+    def thresholds(self) -> Global___Thresholds:
+        """Those in force."""
+
+    def __init__(
+        self,
+        *,
+        endpoint: _builtins.str = ...,
+        thresholds: Global___Thresholds | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["thresholds", b"thresholds"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["endpoint", b"endpoint", "thresholds", b"thresholds"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___EndpointThresholds: _TypeAlias = EndpointThresholds  # noqa: Y015
+
+@_typing.final
+class GetThresholdsRequest(_message.Message):
+    """Asks for thresholds."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ENDPOINT_FIELD_NUMBER: _builtins.int
+    endpoint: _builtins.str
+    """Only this endpoint; all when empty."""
+    def __init__(
+        self,
+        *,
+        endpoint: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["endpoint", b"endpoint"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetThresholdsRequest: _TypeAlias = GetThresholdsRequest  # noqa: Y015
+
+@_typing.final
+class GetThresholdsResponse(_message.Message):
+    """The thresholds in force."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ENDPOINTS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def endpoints(self) -> _containers.RepeatedCompositeFieldContainer[Global___EndpointThresholds]:
+        """One per endpoint."""
+
+    def __init__(
+        self,
+        *,
+        endpoints: _abc.Iterable[Global___EndpointThresholds] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["endpoints", b"endpoints"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetThresholdsResponse: _TypeAlias = GetThresholdsResponse  # noqa: Y015
+
+@_typing.final
+class SetThresholdsRequest(_message.Message):
+    """Replaces thresholds."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ENDPOINT_FIELD_NUMBER: _builtins.int
+    THRESHOLDS_FIELD_NUMBER: _builtins.int
+    endpoint: _builtins.str
+    """The endpoint. May be left out when the router serves one."""
+    @_builtins.property
+    def thresholds(self) -> Global___Thresholds:
+        """All of them: one that is absent is lifted."""
+
+    def __init__(
+        self,
+        *,
+        endpoint: _builtins.str = ...,
+        thresholds: Global___Thresholds | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["thresholds", b"thresholds"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["endpoint", b"endpoint", "thresholds", b"thresholds"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SetThresholdsRequest: _TypeAlias = SetThresholdsRequest  # noqa: Y015
+
+@_typing.final
+class SetThresholdsResponse(_message.Message):
+    """Empty."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SetThresholdsResponse: _TypeAlias = SetThresholdsResponse  # noqa: Y015
 
 @_typing.final
 class StreamSnapshotRequest(_message.Message):

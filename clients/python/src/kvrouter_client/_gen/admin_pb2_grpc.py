@@ -65,6 +65,16 @@ class KvRouterAdminStub:
                 request_serializer=kvrouter_dot_v1_dot_admin__pb2.GetLoadsRequest.SerializeToString,
                 response_deserializer=kvrouter_dot_v1_dot_admin__pb2.GetLoadsResponse.FromString,
                 _registered_method=True)
+        self.GetThresholds = channel.unary_unary(
+                '/kvrouter.v1.KvRouterAdmin/GetThresholds',
+                request_serializer=kvrouter_dot_v1_dot_admin__pb2.GetThresholdsRequest.SerializeToString,
+                response_deserializer=kvrouter_dot_v1_dot_admin__pb2.GetThresholdsResponse.FromString,
+                _registered_method=True)
+        self.SetThresholds = channel.unary_unary(
+                '/kvrouter.v1.KvRouterAdmin/SetThresholds',
+                request_serializer=kvrouter_dot_v1_dot_admin__pb2.SetThresholdsRequest.SerializeToString,
+                response_deserializer=kvrouter_dot_v1_dot_admin__pb2.SetThresholdsResponse.FromString,
+                _registered_method=True)
         self.StreamSnapshot = channel.unary_stream(
                 '/kvrouter.v1.KvRouterAdmin/StreamSnapshot',
                 request_serializer=kvrouter_dot_v1_dot_admin__pb2.StreamSnapshotRequest.SerializeToString,
@@ -132,6 +142,24 @@ class KvRouterAdminServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def GetThresholds(self, request, context):
+        """Says above which loads the targets of endpoints get nothing new.
+
+        Status codes: NOT_FOUND (unknown endpoint), INTERNAL.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def SetThresholds(self, request, context):
+        """Replaces the thresholds of one endpoint, until the router ends. Requests in flight go on.
+
+        Status codes: INVALID_ARGUMENT, NOT_FOUND (unknown endpoint), INTERNAL.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def StreamSnapshot(self, request, context):
         """Streams what this router knows of the caches of one endpoint, for another router that starts: its index, and where
         each event stream stands. A router started with `--router-snapshot-from` asks for it. Decisions go on meanwhile.
@@ -175,6 +203,16 @@ def add_KvRouterAdminServicer_to_server(servicer, server):
                     servicer.GetLoads,
                     request_deserializer=kvrouter_dot_v1_dot_admin__pb2.GetLoadsRequest.FromString,
                     response_serializer=kvrouter_dot_v1_dot_admin__pb2.GetLoadsResponse.SerializeToString,
+            ),
+            'GetThresholds': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetThresholds,
+                    request_deserializer=kvrouter_dot_v1_dot_admin__pb2.GetThresholdsRequest.FromString,
+                    response_serializer=kvrouter_dot_v1_dot_admin__pb2.GetThresholdsResponse.SerializeToString,
+            ),
+            'SetThresholds': grpc.unary_unary_rpc_method_handler(
+                    servicer.SetThresholds,
+                    request_deserializer=kvrouter_dot_v1_dot_admin__pb2.SetThresholdsRequest.FromString,
+                    response_serializer=kvrouter_dot_v1_dot_admin__pb2.SetThresholdsResponse.SerializeToString,
             ),
             'StreamSnapshot': grpc.unary_stream_rpc_method_handler(
                     servicer.StreamSnapshot,
@@ -345,6 +383,60 @@ class KvRouterAdmin:
             '/kvrouter.v1.KvRouterAdmin/GetLoads',
             kvrouter_dot_v1_dot_admin__pb2.GetLoadsRequest.SerializeToString,
             kvrouter_dot_v1_dot_admin__pb2.GetLoadsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetThresholds(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kvrouter.v1.KvRouterAdmin/GetThresholds',
+            kvrouter_dot_v1_dot_admin__pb2.GetThresholdsRequest.SerializeToString,
+            kvrouter_dot_v1_dot_admin__pb2.GetThresholdsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SetThresholds(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kvrouter.v1.KvRouterAdmin/SetThresholds',
+            kvrouter_dot_v1_dot_admin__pb2.SetThresholdsRequest.SerializeToString,
+            kvrouter_dot_v1_dot_admin__pb2.SetThresholdsResponse.FromString,
             options,
             channel_credentials,
             insecure,

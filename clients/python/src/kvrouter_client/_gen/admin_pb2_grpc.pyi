@@ -65,6 +65,16 @@ class KvRouterAdminStub:
 
     Status codes: NOT_FOUND (unknown endpoint), INTERNAL.
     """
+    GetThresholds: _grpc.UnaryUnaryMultiCallable[_admin_pb2.GetThresholdsRequest, _admin_pb2.GetThresholdsResponse]
+    """Says above which loads the targets of endpoints get nothing new.
+
+    Status codes: NOT_FOUND (unknown endpoint), INTERNAL.
+    """
+    SetThresholds: _grpc.UnaryUnaryMultiCallable[_admin_pb2.SetThresholdsRequest, _admin_pb2.SetThresholdsResponse]
+    """Replaces the thresholds of one endpoint, until the router ends. Requests in flight go on.
+
+    Status codes: INVALID_ARGUMENT, NOT_FOUND (unknown endpoint), INTERNAL.
+    """
     StreamSnapshot: _grpc.UnaryStreamMultiCallable[_admin_pb2.StreamSnapshotRequest, _admin_pb2.StreamSnapshotResponse]
     """Streams what this router knows of the caches of one endpoint, for another router that starts: its index, and where
     each event stream stands. A router started with `--router-snapshot-from` asks for it. Decisions go on meanwhile.
@@ -109,6 +119,16 @@ class KvRouterAdminAsyncStub(KvRouterAdminStub):
     """Says what work this router has booked on every target, and what the index costs.
 
     Status codes: NOT_FOUND (unknown endpoint), INTERNAL.
+    """
+    GetThresholds: _aio.UnaryUnaryMultiCallable[_admin_pb2.GetThresholdsRequest, _admin_pb2.GetThresholdsResponse]  # type: ignore[assignment]
+    """Says above which loads the targets of endpoints get nothing new.
+
+    Status codes: NOT_FOUND (unknown endpoint), INTERNAL.
+    """
+    SetThresholds: _aio.UnaryUnaryMultiCallable[_admin_pb2.SetThresholdsRequest, _admin_pb2.SetThresholdsResponse]  # type: ignore[assignment]
+    """Replaces the thresholds of one endpoint, until the router ends. Requests in flight go on.
+
+    Status codes: INVALID_ARGUMENT, NOT_FOUND (unknown endpoint), INTERNAL.
     """
     StreamSnapshot: _aio.UnaryStreamMultiCallable[_admin_pb2.StreamSnapshotRequest, _admin_pb2.StreamSnapshotResponse]  # type: ignore[assignment]
     """Streams what this router knows of the caches of one endpoint, for another router that starts: its index, and where
@@ -187,6 +207,28 @@ class KvRouterAdminServicer(metaclass=_abc_1.ABCMeta):
         """Says what work this router has booked on every target, and what the index costs.
 
         Status codes: NOT_FOUND (unknown endpoint), INTERNAL.
+        """
+
+    @_abc_1.abstractmethod
+    def GetThresholds(
+        self,
+        request: _admin_pb2.GetThresholdsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_admin_pb2.GetThresholdsResponse, _abc.Awaitable[_admin_pb2.GetThresholdsResponse]]:
+        """Says above which loads the targets of endpoints get nothing new.
+
+        Status codes: NOT_FOUND (unknown endpoint), INTERNAL.
+        """
+
+    @_abc_1.abstractmethod
+    def SetThresholds(
+        self,
+        request: _admin_pb2.SetThresholdsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_admin_pb2.SetThresholdsResponse, _abc.Awaitable[_admin_pb2.SetThresholdsResponse]]:
+        """Replaces the thresholds of one endpoint, until the router ends. Requests in flight go on.
+
+        Status codes: INVALID_ARGUMENT, NOT_FOUND (unknown endpoint), INTERNAL.
         """
 
     @_abc_1.abstractmethod
