@@ -88,10 +88,12 @@ bench-quick: $(VENV)/.built ## Every suite at tiny sizes, to see that it works
 bench-traces: $(VENV)/.built ## Routing policies on recorded traffic over simulated engines, see docs/routing.md
 	$(BIN)/python -m bench.traces $(ARGS)
 
-bench-docs: $(VENV)/.built bench-peers ## The plots and docs/performance.md, from the last `make bench`
+bench-docs: $(VENV)/.built bench-peers ## Plots and tables of the pages, from the last `make bench` and `make bench-traces`
 	$(BIN)/python -m bench.curves $(ARGS)
 	.cache/bench/plots/bin/python -m bench.plots
 	$(BIN)/python -m bench.page
+	.cache/bench/plots/bin/python -m bench.traces.plots
+	$(BIN)/python -m bench.traces.page
 
 bench-peers: $(VENV)/.built ## Environments of the peers and of the plots, below .cache/bench
 	$(BIN)/python -m bench.peers

@@ -42,7 +42,7 @@ def filled(page: str, values: Values) -> str:
 
 def by_policy(study: str, measure: str, values: Values) -> list[list[str]]:
     """A row per policy, a column per scenario; the best of those that can be had is bold."""
-    cases = STUDIES[study].scenarios
+    cases = _measured(study, measure, values)
     rows = [["", *map(_title, cases)]]
     columns = {
         case: {name: values.get(f"traces.{case.name}.{name}.{measure}") for name in _names(study)} for case in cases
@@ -62,7 +62,7 @@ def by_scenario(study: str, measure: str, values: Values) -> list[list[str]]:
     """A row per scenario, a column per policy."""
     names = [name for name in _names(study) if any(name in key for key in values)]
     rows = [["", *names]]
-    for case in STUDIES[study].scenarios:
+    for case in _measured(study, measure, values):
         cells = [values.get(f"traces.{case.name}.{name}.{measure}") for name in names]
         best = _best(dict(zip(names, cells, strict=True)), measure)
         rows.append(
@@ -71,17 +71,18 @@ def by_scenario(study: str, measure: str, values: Values) -> list[list[str]]:
     return rows
 
 
-GROUPS = {"L": ("conversation", "synthetic", "agents"), "S": ("conversation", "synthetic", "agents")}
+GROUPS = "LS"  # sizes of caches
 
 
 def relative(values: Values) -> list[list[str]]:
     """Geometric means of the main study's scenarios, relative to the cost `dynamo`."""
     measures = {"ttft_mean": "mean TTFT", "ttft_p99": "p99 TTFT", "itl_ms": "ITL", "e2e_mean": "E2E"}
-    rows = [["", *(f"{title}, {group}" for group in GROUPS for title in measures.values())]]
+    groups = [group for group in GROUPS if any(case.cache == group for case in _measured("main", "ttft_mean", values))]
+    rows = [["", *(f"{title}, {group} caches" for group in groups for title in measures.values())]]
     for name in _names("main"):
         cells = []
-        for group in GROUPS:
-            cases = [case.name for case in STUDIES["main"].scenarios if case.cache == group]
+        for group in groups:
+            cases = [case.name for case in _measured("main", "ttft_mean", values) if case.cache == group]
             for measure in measures:
                 pairs = [
                     (values.get(f"traces.{case}.{name}.{measure}"), values.get(f"traces.{case}.dynamo.{measure}"))
@@ -92,6 +93,15 @@ def relative(values: Values) -> list[list[str]]:
         if set(cells) != {"-"}:
             rows.append([name, *cells])
     return rows
+
+
+def _measured(study: str, measure: str, values: Values) -> list[Scenario]:
+    """The scenarios for which there is anything to show."""
+    return [
+        case
+        for case in STUDIES[study].scenarios
+        if any(f"traces.{case.name}.{name}.{measure}" in values for name in _names(study))
+    ]
 
 
 def _geometric(values: Sequence[float]) -> float:

@@ -25,7 +25,7 @@ def main() -> None:
     figure, panels = plt.subplots(1, 3, figsize=(11, 3.6), sharey=True)
     figure.patch.set_facecolor("white")
     by_level = [(level, "" if level == 1 else f"-x{level:g}".replace(".", "_")) for level in LEVELS]
-    copies = [(number, "" if number == 3 else f"-x{number / 3:g}".replace(".", "_")) for number in range(1, 7)]
+    copies = [(number, "" if number == 3 else f"-x{number / 3:g}".replace(".", "_")) for number in range(1, 6)]
     for axes, load, engines, points, unit in (
         (panels[0], "conversation", 8, by_level, "load, 8 engines"),
         (panels[1], "synthetic", 8, by_level, "load, 8 engines"),

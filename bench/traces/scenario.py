@@ -53,6 +53,7 @@ class Scenario:
         parts += [part for part, usual in ((self.model, "lin"), (self.mix, "equal")) if part != usual]
         parts += [f"r{self.replicas}"] if self.replicas != 1 else []
         parts += [f"d{self.event_delay_s * 1000:g}"] if self.event_delay_s != 0.05 else []
+        parts += [f"first{self.requests}"] if self.requests else []
         return "-".join(parts)
 
     def trace(self) -> Trace:

@@ -8,7 +8,8 @@ from bench.traces.scenario import Scenario
 
 RECORDED = ("conversation", "synthetic", "agents")
 LEVELS = (0.1, 0.25, 0.5, 0.75, 1.0, 1.15, 1.3, 1.4)
-COPIES = (1, 2, 3, 4, 5, 6)  # of the agents' sessions on four engines
+COPIES = (1, 2, 3, 4, 5)  # of the agents' sessions on four engines
+SOME = 12_000  # of the agents' requests: as many as tell enough
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,13 +33,15 @@ class Study:
 
 FEW = ("default", "dynamo", "dynamo w=8", "least-loaded", "round-robin", "oracle")
 OURS = ("default", "dynamo")
+DELAYS = (0.0, 0.05, 0.5, 2.0)
 
 STUDIES: dict[str, Study] = {
     "main": Study(
         "Eight engines, every mode and cost",
-        tuple(
-            Scenario(load, cache=cache, level=level)
-            for load, cache, level in [*product(RECORDED[:2], "SL", [1.0]), ("agents", "S", 0.67), ("agents", "L", 1.0)]
+        (
+            *(Scenario(load, cache=cache) for cache, load in product("LS", RECORDED[:2])),
+            Scenario("agents", requests=SOME),
+            Scenario("agents", cache="S", level=0.67, requests=SOME),
         ),
     ),
     "own": Study(
@@ -52,13 +55,9 @@ STUDIES: dict[str, Study] = {
             Scenario("single", level=3.0),
             Scenario("conversation", level=0.1),
             Scenario("agents", level=0.17),
-            *(Scenario(load, mix=mix, level=0.8) for load, mix in product(RECORDED[::2], ("speed", "cache"))),
+            *(Scenario("conversation", mix=mix, level=0.8) for mix in ("speed", "cache")),
+            *(Scenario("agents", 4, mix=mix, level=0.67) for mix in ("speed", "cache")),
         ),
-    ),
-    "size": Study(
-        "By the number of engines",
-        tuple(Scenario(load, workers, requests=20_000) for load, workers in product(RECORDED, (4, 16, 64))),
-        FEW,
     ),
     "load": Study(
         "By load",
@@ -68,17 +67,30 @@ STUDIES: dict[str, Study] = {
         ),
         FEW,
     ),
-    "roof": Study("Engines whose attention costs time", tuple(Scenario(load, model="roof") for load in RECORDED), FEW),
+    "size": Study(
+        "By the number of engines",
+        tuple(
+            Scenario(load, workers, requests=SOME if load == "agents" else 0)
+            for load, workers in product(RECORDED, (4, 16, 64))
+        ),
+        FEW,
+    ),
+    "roof": Study(
+        "Engines whose attention costs time",
+        tuple(Scenario(load, model="roof", requests=SOME if load == "agents" else 0) for load in RECORDED),
+        FEW,
+    ),
     "replicas": Study(
         "By the number of routers",
-        tuple(Scenario(load, replicas=count) for load, count in product(RECORDED, (1, 2, 4, 8))),
+        tuple(
+            Scenario(load, replicas=count, requests=SOME if load == "agents" else 0)
+            for load, count in product(RECORDED, (1, 2, 4, 8))
+        ),
         OURS,
     ),
     "delay": Study(
         "By how late KV events are",
-        tuple(
-            Scenario(load, event_delay_s=delay) for load, delay in product((*RECORDED, "bursts"), (0.0, 0.05, 0.5, 2.0))
-        ),
+        tuple(Scenario(load, event_delay_s=delay) for load, delay in product(("conversation", "bursts"), DELAYS)),
         OURS,
     ),
 }

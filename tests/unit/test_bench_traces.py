@@ -1,12 +1,13 @@
 """The trace benchmark: its cache is an exact LRU, its engine keeps its timetable, every request comes through."""
 
 import math
+import re
 from array import array
 from collections import OrderedDict
 from functools import cache
 
 import pytest
-from bench.traces import report, rows, scenario, study
+from bench.traces import page, report, rows, scenario, study
 from bench.traces.cache import Cache, pooled_hit_ratio
 from bench.traces.engine import LINEAR, MODELS, Engine, EngineModel, Job
 from bench.traces.fleet import Fleet, replay
@@ -350,3 +351,18 @@ def test_quantile_is_the_least_value_that_covers_the_share(values, share):
     found = report.quantile(ordered, share)
     assert sum(value <= found for value in ordered) >= share * len(ordered) - 1e-9
     assert sum(value < found for value in ordered) < share * len(ordered)
+
+
+def test_tables_of_the_page_are_known_and_made_from_figures():
+    named = re.findall(r"<!-- figures: ([\w-]+) -->", page.PAGE.read_text())
+    assert named
+    assert set(named) <= set(page.TABLES)
+    values = {"traces.conversation-L-n8.default.ttft_mean": 0.5, "traces.conversation-L-n8.oracle.ttft_mean": 0.4}
+    made = page.filled("a <!-- figures: main-ttft_mean --> old <!-- end --> b", values)
+    assert made.startswith("a <!-- figures: main-ttft_mean -->\n\n|  | conversation |\n")
+    assert "| default | **0.5** |" in made
+    assert "| oracle | 0.4 |" in made  # nobody can be it, so it does not win
+    assert made.endswith("<!-- end --> b")
+    assert page.filled(made, values) == made
+    with pytest.raises(KeyError):
+        page.filled("<!-- figures: magic --><!-- end -->", values)

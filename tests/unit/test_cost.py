@@ -44,7 +44,7 @@ ASK = Ask(prompt_tokens=100, block_size=16)
         (row(4), {"new_work_weight": 0.0}, (0, 36, 0, 0, 0)),
         (row(2, 2, 2), {}, (0, 36, 108, 0, 0)),  # two blocks, and two each worth 0.75 and 0.25
         (row(2, 2, 2), {"host_cache_hit_weight": 1.0, "disk_cache_hit_weight": 1.0}, (0, 4, 12, 0, 0)),
-        (row(4, requests=3), {}, (0, 36, 108, 300, 0)),
+        (row(4, requests=3), {}, (0, 36, 108, 1500, 0)),
         (row(4, requests=3), {"request_weight": 5.0}, (0, 36, 108, 15, 0)),
         (row(active=90, total=100), {}, (0, 100, 300, 0, 0)),  # 90 + 7 of 100 blocks
         (row(active=98, total=100), {}, (0, 100, 300, 0, 10 * 5 * 16)),  # 98 + 7: five blocks short

@@ -407,7 +407,7 @@ def test_without_an_index_load_alone_decides():
         array("I", range(100)), SEED, None, Policy(Weights(), Knobs()), rows, None, 0, 0, True
     )
     assert (choice.row, choice.blocks, choice.tiers, choice.cached_tokens) == (1, 0, (0, 0, 0, 0), 0)
-    assert [seen.terms for seen in choice.candidates] == [(5, 100, 0, 100, 0), (0, 100, 0, 0, 0)]
+    assert [seen.terms for seen in choice.candidates] == [(5, 100, 0, 500, 0), (0, 100, 0, 0, 0)]
 
 
 def test_multimodal_content_and_seed_are_part_of_the_prompt():

@@ -129,11 +129,12 @@ def test_a_burst_does_not_herd_and_a_shared_prefix_stays_together():
         for number in range(8)
     )
     assert set(burst.values()) == {2}
-    first = router.lease("s1", prompt(WORDS), FREE).decision
-    second = router.best_worker(prompt([*WORDS, *range(200, 216)]), FREE)
+    shared = range(9000, 9640)
+    first = router.lease("s1", prompt(shared), FREE).decision
+    second = router.best_worker(prompt([*shared, *range(200, 216)]), FREE)
     assert second.worker_name == first.worker_name
     assert second.overlap.total == 0  # no event yet:
-    assert second.expected_cached_tokens == 64  # what is in flight will be there
+    assert second.expected_cached_tokens == 640  # what is in flight will be there
 
 
 def test_forgotten_reservations_expire(clock):

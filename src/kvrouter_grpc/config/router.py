@@ -79,7 +79,7 @@ class RouterConfig(PendingRouterConfig):
         names=OWN,
     )
     request_weight: float = setting(
-        100.0,
+        500.0,
         "Cost default: prompt tokens that a request in flight counts for, since it shares a worker's steps.",
         ge=0,
         le=1_000_000,

@@ -23,7 +23,7 @@ class Weights:
     """The knobs of all costs; names and defaults as the `--router-*` flags."""
 
     new_work_weight: float = 3.0
-    request_weight: float = 100.0
+    request_weight: float = 500.0
     overlap_score_credit: float = 1.0
     overlap_score_credit_decay: float = 0.0
     prefill_load_scale: float = 1.0
