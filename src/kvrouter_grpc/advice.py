@@ -23,14 +23,14 @@ class Advice(NamedTuple):
         return f"{self.seen}: {self.fix}"
 
 
-def events_off(name: str) -> Advice:
+def events_off() -> Advice:
     """The worker says that it publishes nothing."""
-    return Advice(f"{name} publishes no KV events", "start it with --kv-events-config")
+    return Advice("its engine publishes no KV events", "start it with --kv-events-config")
 
 
-def events_nowhere(name: str) -> Advice:
+def events_nowhere() -> Advice:
     """Neither the worker nor its entry says where the events are."""
-    return Advice(f"{name} does not say where its KV events are", "give events=tcp://host:port in its entry")
+    return Advice("its engine does not say where its KV events are", "give events=tcp://host:port in its entry")
 
 
 def not_zeromq(address: str) -> Advice:
@@ -68,10 +68,10 @@ def block_size_misconfigured(name: str, configured: int, reported: int) -> Advic
     )
 
 
-def no_prefix_caching(name: str) -> Advice:
+def no_prefix_caching() -> Advice:
     """The engine caches nothing between requests."""
     return Advice(
-        f"{name} runs without prefix caching, so nothing is ever cached there",
+        "its engine runs without prefix caching, so nothing is ever cached there",
         "start it with --enable-prefix-caching",
     )
 

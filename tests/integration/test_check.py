@@ -4,9 +4,11 @@ import asyncio
 import json
 import subprocess
 import sys
+from array import array
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import aiohttp
@@ -20,6 +22,8 @@ from kvrouter_grpc.check.report import Report
 from kvrouter_grpc.check.run import inspect
 from kvrouter_grpc.config import Config
 from kvrouter_grpc.mock_worker import MockWorker
+from kvrouter_grpc.mock_worker.tokens import encode_text
+from kvrouter_grpc.server import tokenizer
 from kvrouter_grpc.types import WorkerSpec
 from programs import environment, mock_worker, worker_flag
 
@@ -163,7 +167,7 @@ async def test_wrong_topic_shows_in_the_replay() -> None:
 async def test_events_off() -> None:
     async with worker(kv_events=False) as mock:
         report = await checked(mock, scope=PROBE)
-    assert the(report, "events").seen == "w0 publishes no KV events"
+    assert the(report, "events").seen == "its engine publishes no KV events"
     assert report.exit_code == 1
     assert the(report, "cached tokens").severity is OK  # the probe is sent all the same
 
@@ -290,6 +294,20 @@ async def test_blocks_reported_again_when_they_are_reused() -> None:
         repeated = the(report, "report mode")
     assert repeated.severity is WARNING
     assert "3 stores of held blocks" in repeated.seen
+
+
+@pytest.mark.parametrize(("shift", "severity"), [(0, OK), (1, FAILURE)])
+async def test_tokenizers_are_compared(
+    shift: int, severity: Severity, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    # The mock's own encoding stands in for a tokenizer's files; the comparison is over its real /tokenize.
+    monkeypatch.setattr(tokenizer, "_load", lambda _: lambda text: array("I", encode_text(text)[shift:]))
+    async with worker() as mock:
+        spec = WorkerSpec("w0", mock.url, ENDPOINT)
+        config = Config(endpoints=(ENDPOINT,), workers=(spec,))
+        server = config.server.model_copy(update={"tokenizer": tmp_path})
+        report = await inspect(config.model_copy(update={"server": server}), QUICK)
+    assert the(report, "tokenizer").severity is severity
 
 
 async def test_old_engine() -> None:

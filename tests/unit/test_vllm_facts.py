@@ -8,10 +8,12 @@ from kvrouter_grpc.types import EngineReport
 from kvrouter_grpc.upstream.chunk import MalformedAnswerError
 from kvrouter_grpc.upstream.facts import (
     CacheConfig,
+    EngineSettings,
     EventSources,
     ServedModels,
     cache_config,
     engine_reports,
+    engine_settings,
     event_sources,
     served_models,
     server_version,
@@ -191,3 +193,32 @@ a 7"""
     def test_a_hostile_line_takes_no_time(self) -> None:
         page = b"m{" + b'"\\\\"' * 16_000 + b"\n" + b'm{a="' + b'\\"' * 30_000 + b"\n" + b"m" * 10_000_000
         assert list(samples(page, {"m"})) == []
+
+
+def test_server_info_tells_settings() -> None:
+    body = (
+        b'{"vllm_config": {"cache_config": {"block_size": 32, "x": 1}, "parallel_config": {"data_parallel_size": 2}, '
+        b'"kv_events_config": {"enable_kv_cache_events": true, "publisher": "zmq"}}}'
+    )
+    assert engine_settings(body) == EngineSettings(32, 2, kv_events=True)
+    assert engine_settings(b'{"vllm_config": {"kv_events_config": null}}') == EngineSettings(kv_events=False)
+    assert engine_settings(b'{"vllm_config": {}}') == EngineSettings()
+
+
+@pytest.mark.parametrize("body", [b"", b"{}", b'{"vllm_config": "model=x"}', b"[" * 100_000, b"\xff"])
+def test_other_shapes_of_server_info_are_refused(body: bytes) -> None:
+    with pytest.raises(MalformedAnswerError):
+        engine_settings(body)
+
+
+def test_prefix_caching_counts_as_off_when_one_engine_has_none() -> None:
+    def page(*values: str) -> bytes:
+        lines = [
+            f'vllm:cache_config_info{{engine="{n}",enable_prefix_caching="{value}"}} 1.0'
+            for n, value in enumerate(values)
+        ]
+        return "\n".join(lines).encode()
+
+    assert cache_config(page("True", "True")).prefix_caching is True
+    assert cache_config(page("True", "False")).prefix_caching is False
+    assert cache_config(page("None")).prefix_caching is None

@@ -155,7 +155,7 @@ def _block_size(seen: WorkerSeen) -> Iterator[Finding]:
 def _caching(seen: WorkerSeen) -> Iterator[Finding]:
     told = seen.facts.prefix_caching if seen.facts else None
     if told is False:
-        yield found("prefix caching", FAILURE, advice.no_prefix_caching(seen.given.name))
+        yield found("prefix caching", FAILURE, advice.no_prefix_caching())
     elif told:
         yield Finding("prefix caching", OK, "on")
 
@@ -180,9 +180,9 @@ def _events(seen: WorkerSeen) -> Iterator[Finding]:
             seen.settings is not None and seen.settings.kv_events is False
         )
         if off:
-            yield found("events", WARNING, advice.events_off(seen.given.name))
+            yield found("events", WARNING, advice.events_off())
         elif seen.facts is not None:
-            yield found("events", WARNING, advice.events_nowhere(seen.given.name))
+            yield found("events", WARNING, advice.events_nowhere())
     for rank in seen.ranks:
         yield from judge_rank(seen, rank)
 

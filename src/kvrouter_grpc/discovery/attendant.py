@@ -146,7 +146,7 @@ class Attendant:
             return
         if spec.events is None:
             told = facts is not None and facts.kv_events is False
-            detail = str(advice.events_off(spec.name) if told else advice.events_nowhere(spec.name))
+            detail = str(advice.events_off() if told else advice.events_nowhere())
             index.without_events(target, detail, capacity)
             self._log.warning("no KV events", dp_rank=target.dp_rank, detail=detail)
             return

@@ -10,6 +10,7 @@ import aiohttp
 import structlog
 import zmq.asyncio
 
+from kvrouter_grpc import advice
 from kvrouter_grpc.config import EventsConfig, UpstreamConfig
 from kvrouter_grpc.discovery.attendant import Attendant
 from kvrouter_grpc.errors import (
@@ -196,9 +197,7 @@ class Fleet:
         """The workers, sorted by endpoint and name. Raises UnknownEndpointError."""
         if endpoint is not None:
             self._router(endpoint)
-        members = [member for member in self._members.values() if endpoint in (None, member.attendant.router.endpoint)]
-        members.sort(key=lambda member: (member.attendant.router.endpoint, member.attendant.worker.spec.name))
-        return [self._view(member) for member in members]
+        return [self._view(each) for each in self._sorted() if endpoint in (None, each.attendant.router.endpoint)]
 
     @property
     def ready(self) -> bool:
@@ -225,13 +224,31 @@ class Fleet:
                 for worker in workers
                 if worker.state not in (WorkerState.READY, WorkerState.DRAINING)
             ]
-        for view in self.workers():
-            for stream in view.streams:
-                details = stream.status.told(stream.evidence), stream.hits.told
-                found += [f"{view.spec.name}: {detail}" for detail in details if detail]
+        for member in self._sorted():
+            found += self._doubts(member)
         if len(self._ready_workers()) < self._min_workers:
             found.append(f"{len(self._ready_workers())} of at least {self._min_workers} workers are ready")
         return found
+
+    def _doubts(self, member: _Member) -> list[str]:
+        """What speaks against the pictures of a worker's caches."""
+        view, index = self._view(member), member.attendant.router.index
+        doubts = []
+        if view.facts is not None and view.facts.prefix_caching is False:
+            doubts.append(f"{view.spec.name}: {advice.no_prefix_caching()}")
+        for stream in view.streams:
+            details = [stream.status.told(stream.evidence), stream.hits.told]
+            held, room = index.device_blocks(Target(view.worker_id, stream.dp_rank)), view.spec.total_kv_blocks
+            if room is not None and held > room and member.attendant.router.config.prediction_ahead_s is None:
+                details.append(str(advice.reports_reused(f"{held} blocks in a cache of {room}")))
+            doubts += [f"{view.spec.name}: {detail}" for detail in details if detail]
+        return doubts
+
+    def _sorted(self) -> list[_Member]:
+        return sorted(
+            self._members.values(),
+            key=lambda member: (member.attendant.router.endpoint, member.attendant.worker.spec.name),
+        )
 
     def _endpoints_served(self) -> bool:
         enough = self._was_ready or len(self._ready_workers()) >= self._min_workers

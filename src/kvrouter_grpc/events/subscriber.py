@@ -223,6 +223,8 @@ class Subscriber:
                 self._stirred = True
             if found.batches or found.left:
                 self._note_arrival(now)
+                if self._fault:
+                    self._heard_again()
             if found.cleared:
                 self._cleared()
             if found.fault:
@@ -255,6 +257,11 @@ class Subscriber:
         if not self._tracker.repairable:
             self._postpone_audit(now)
 
+    def _heard_again(self) -> None:
+        """Events come: whatever stood in their way does no more."""
+        self._stirred = True
+        self._fault = ""
+
     def _live(self, seq: int, payload: bytes) -> Verdict:
         if self._tracker.in_order and self._tracker.log.follow(seq, payload):
             self._tracker.followed(1)
@@ -273,6 +280,9 @@ class Subscriber:
             seq = int.from_bytes(message[-2])
             if seq > HIGHEST_SEQ:
                 return self._misshapen("a sequence number that is none")
+            if len(message) == 4 and not message[1].startswith(self._source.topic.encode()):
+                # Replays come whatever the topic is; live events, which are filtered by it, never will.
+                self._fault = str(advice.wrong_topic(self._source.topic, [message[1].decode("utf-8", "replace")]))
             verdict = self._tracker.replayed(seq, message[-1])
             if verdict is not Verdict.DUPLICATE:
                 self._status.last_event_at = time.monotonic()  # what was lost on the way was said all the same

@@ -154,6 +154,13 @@ class KvIndex:
         view = self._views.get(target)
         return self._blocks(view) if view is not None else 0
 
+    def device_blocks(self, target: Target) -> int:
+        """Blocks the target holds on its device."""
+        view = self._views.get(target)
+        if view is None or self._tree is None or Tier.DEVICE not in view.slots:
+            return 0
+        return self._tree.blocks(view.slots[Tier.DEVICE])
+
     def _blocks(self, view: _CacheView) -> int:
         tree = self._tree
         if tree is None:
