@@ -166,6 +166,7 @@ def test_stores_of_held_blocks_are_counted_and_balanced_by_removals() -> None:
     assert tallied(batch(stored(1, 2)), batch({"type": "AllBlocksCleared"}), batch(stored(1, 2))).repeated == 0
     assert tallied(batch(stored(1)), batch(stored(1))).repeated == 0  # a fully cached prompt does that
     assert tallied(batch(stored(1, 2)), batch(stored(1, 2)), batch(removed)).most_held == 4
+    assert tallied(batch(stored(1, 2)), batch(stored(1, 2, medium="CPU"))).most_held == 2
 
 
 def test_a_gap_ends_what_is_known_of_the_blocks() -> None:

@@ -46,7 +46,8 @@ class EventTally:
         ranks: Ranks that the batches name.
         stored: Blocks stored; one that comes live and replayed counts twice.
         repeated: Stores of two or more blocks that were all held already.
-        most_held: Largest number of blocks held at once, duplicates counted, while all of the stream was known.
+        most_held: Largest number of blocks held on the device at once, duplicates counted, while all of the stream was
+            known.
         ahead_s: How far the newest live timestamp is ahead of our clock, in seconds; negative: behind.
     """
 
@@ -160,7 +161,7 @@ class EventTally:
             self.repeated += 1
         for key in keys:
             held[key] = held.get(key, 0) + 1
-        self._copies += len(keys)
+        self._copies += sum(_on_device(key) for key in keys)
         if self.first_seq == 0:
             self.most_held = max(self.most_held, self._copies)
         if len(held) > MAX_HELD:
@@ -168,7 +169,7 @@ class EventTally:
 
     def _release(self, held: dict[Any, int], key: Any) -> None:
         copies = held.get(key, 0)
-        if copies:
+        if copies and _on_device(key):
             self._copies -= 1
         if copies > 1:
             held[key] = copies - 1
@@ -195,6 +196,11 @@ def _said(event: Any) -> tuple[str, dict[str, Any]]:
         kind = str(event[0])
         return kind, dict(zip(_FIELDS.get(kind, ()), event[1:], strict=False))
     return "no event", {}
+
+
+def _on_device(key: Any) -> bool:
+    """Whether the block of a key, which begins with its medium, takes room on the device."""
+    return key[0] in (None, "GPU")
 
 
 def _note(names: set[Any], name: Any) -> None:
