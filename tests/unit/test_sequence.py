@@ -421,6 +421,18 @@ def test_an_answer_that_breaks_off_says_nothing_about_the_end_of_the_ring() -> N
     assert (stream.taken, stream.state, stream.tracker.missed) == ([0, 5], STALE, 4)
 
 
+def test_low_numbers_behind_an_echo_of_the_old_process_are_looked_into_at_once() -> None:
+    stream = synced(0, 5)  # 5 is the last that the old process sent, long on its way
+    for _ in range(2):
+        stream.silence()
+    assert (stream.taken, stream.state) == ([0, 5], STALE)
+    assert not stream.tracker.wants_replay
+    assert stream.live(3, process="b") == [DUPLICATE]  # its number was given up
+    assert stream.replay(0, ends=False, process="b") == [RESTART]
+    stream.replay(0, 1, 2, 3, process="b")
+    assert (stream.taken, stream.state) == ([0, 5, "|", 0, 1, 2, 3], LIVE)
+
+
 def test_a_restart_reported_after_it_was_noticed_counts_once() -> None:
     stream = synced(0, 1, 2)
     stream.live(0, process="b")

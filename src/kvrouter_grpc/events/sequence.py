@@ -264,6 +264,8 @@ class StreamTracker:
             self._emptied_at = None
         if seq < self.next_seq:
             known = self.log.compare(seq, payload)
+            if known == LOST:
+                self.audit()  # late, or a new process that the batches of the old one had run ahead of: a replay tells
             if known in (SAME, LOST) or (known == UNKNOWN and not again):
                 return Verdict.DUPLICATE
             self._restart()
