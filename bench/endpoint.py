@@ -150,7 +150,7 @@ def _read(raw: bytes) -> tuple[TokenIds, str]:
     plain = read_plain(raw, sys.maxsize, 2**31)
     if plain is None:
         raise ValueError("no plain request")
-    tokens, _, model = plain
+    tokens, _, model, _ = plain
     return tokens, model
 
 

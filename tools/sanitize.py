@@ -21,6 +21,7 @@ TESTS = [
     "tests/unit/test_kv_messages.py",
     "tests/unit/test_target_table.py",
     "tests/unit/test_decider.py",
+    "tests/unit/test_recording.py",
     "tests/unit/test_plain_requests.py",
     "tests/unit/test_kv_feed_twin.py",
     "tests/unit/test_index.py",

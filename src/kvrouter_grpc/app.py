@@ -13,7 +13,8 @@ import structlog
 import uvloop
 import zmq.asyncio
 
-from kvrouter_grpc.config import Config
+from kvrouter_grpc.config import Config, DecisionsConfig
+from kvrouter_grpc.core import DecisionLog
 from kvrouter_grpc.discovery.fleet import Fleet
 from kvrouter_grpc.observability.logging import configure_logging
 from kvrouter_grpc.observability.metrics import MetricsServer, RouterCollector
@@ -47,7 +48,12 @@ class App:
         self.metrics_address = ""
         self.started = asyncio.Event()
         self.routers = {
-            endpoint: Router(endpoint, config.router_of(endpoint), on_worker_change=lambda _: self._changed.set())
+            endpoint: Router(
+                endpoint,
+                config.router_of(endpoint),
+                log=_decision_log(config.decisions),
+                on_worker_change=lambda _: self._changed.set(),
+            )
             for endpoint in config.endpoints
         }
         self._config = config
@@ -145,6 +151,10 @@ class App:
         await asyncio.sleep(config.drain_propagation_s)
         await server.stop(config.drain_timeout_s - config.drain_propagation_s)
         log.info("drained")
+
+
+def _decision_log(config: DecisionsConfig) -> DecisionLog | None:
+    return DecisionLog(config.log_size, hashes=config.log_hashes) if config.log_size else None
 
 
 def serve(config: Config) -> int:

@@ -31,6 +31,7 @@ _HEADINGS = {
     "events": "KV events",
     "upstream": "Engines",
     "log": "Log",
+    "decisions": "Log of decisions",
 }
 # Lines must not break inside names: while the help is laid out, their hyphens are of the hard kind.
 _HYPHEN = re.compile(r"(?<=\w)-(?=\w)|(?<=\s)--(?=\w)")
@@ -142,6 +143,11 @@ class _Group(click.Group):
             "kvrouter_grpc.demo",
             "demo_command",
             "Run a router and four mock workers and watch the decisions.",
+        ),
+        "explain": (
+            "kvrouter_grpc.explain.command",
+            "explain_command",
+            "Ask a running router why requests go where they go.",
         ),
     }
 

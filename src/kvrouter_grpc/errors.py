@@ -91,6 +91,12 @@ class UnknownReservationError(RouterError):
     reason = "UNKNOWN_RESERVATION"
 
 
+class UnknownDecisionError(RouterError):
+    """No decision under that request id is remembered: it is too long ago, there was none, or none are remembered."""
+
+    reason = "UNKNOWN_DECISION"
+
+
 class DuplicateRequestError(RouterError):
     """A reservation is already open under that request id."""
 

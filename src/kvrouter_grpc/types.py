@@ -186,6 +186,36 @@ class Candidate:
     cost: float | None  # None when the target was dropped
     terms: Mapping[str, float] = field(default_factory=dict)  # cost term name to value
     dropped: str = ""  # why the target was not eligible, "" when it was
+    freshness: float = 0.0  # 0..1
+    active_requests: int = 0  # foreign ones too, here and below
+    waiting_requests: int = 0
+    queued_prefill_tokens: int = 0
+    active_blocks: int = 0
+    total_blocks: int = 0  # 0 when not known
+    in_flight_blocks: int = 0  # leading blocks of the prompt
+    preference: float = 0.0  # for its taints
+    score: float | None = None  # what the mode compares; None when it passed the target over
+    chance: float = 0.0  # of being picked
+
+
+@dataclass(frozen=True, slots=True)
+class Explanation:
+    """One decision and everything that it read."""
+
+    endpoint: str
+    request_id: str  # "" when it had none
+    at: float  # seconds since the epoch
+    target: Target
+    worker_name: str
+    reason: str  # what decided, in words
+    mode: str
+    cost: str
+    temperature: float
+    prompt_tokens: int
+    prompt_blocks: int
+    block_size: int
+    output_tokens: int
+    candidates: tuple[Candidate, ...]  # cheapest first, those that were not eligible last
 
 
 @dataclass(slots=True)

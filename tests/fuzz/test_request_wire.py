@@ -174,9 +174,9 @@ def test_a_plain_request_says_what_protobuf_says() -> None:
         if found is None:
             left += 1
             continue
-        tokens, endpoint, model = found
         message = kind.FromString(data)
-        assert (tokens.tolist(), endpoint, model) == (list(message.token_ids), message.endpoint, message.model)
+        said = (list(message.token_ids), message.endpoint, message.model, message.request_id)
+        assert (found[0].tolist(), *found[1:]) == said
         assert right(message)
         assert {field.name for field, _ in message.ListFields()} <= PLAIN
         assert not UnknownFieldSet(message)

@@ -148,6 +148,7 @@ def test_help_of_the_program_lists_all_commands_without_loading_them() -> None:
     assert [line.split()[0] for line in usage[usage.index("Commands:") + 1 :]] == [
         "check",
         "demo",
+        "explain",
         "mock-worker",
         "serve",
         "version",

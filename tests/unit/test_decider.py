@@ -207,7 +207,7 @@ def test_terms_overlaps_and_choice_are_those_of_the_reference(
         choice = field.decide(
             weights, knobs, cost=cost, mode=mode, temperature=temperature, output=output, session=session, explain=True
         )
-        for seen, row, expected, number in zip(choice.candidates, rows, terms, field.rows, strict=True):
+        for seen, row, expected, number in zip(choice.recording.candidates(), rows, terms, field.rows, strict=True):
             assert (seen.row, seen.blocks, seen.freshness) == (number, length // SIZE, row.freshness)
             assert seen.tiers == row.overlap
             assert seen.in_flight == row.in_flight_blocks
@@ -218,13 +218,15 @@ def test_terms_overlaps_and_choice_are_those_of_the_reference(
             assert seen.new_tokens == new_tokens(row, ask, weights, own=COSTS[cost].own)
         # Costs are compared on the compiled ones: their last bits are the compiler's.
         scene = Scene(rows, field.seats, ask, cost, weights, knobs, field.turn, session, dice)
-        scores = [seen.cost for seen in choice.candidates] if mode in {"kv", "direct"} else MODES[mode](scene)
+        scores = (
+            [seen.cost for seen in choice.recording.candidates()] if mode in {"kv", "direct"} else MODES[mode](scene)
+        )
         if temperature:
             assert choice.row == field.rows[pick.softmax(scores, temperature, dice)]
         else:
             requests = scene.requests if fewest_requests_break_ties(mode, cost) else None
             assert choice.row == field.rows[pick.lowest(scores, requests, dice)]
-        seen = choice.candidates[field.rows.index(choice.row)]
+        seen = choice.recording.candidates()[field.rows.index(choice.row)]
         assert (choice.cost, choice.terms) == (seen.cost, seen.terms)
 
 
@@ -238,7 +240,7 @@ def test_regret_is_that_of_the_reference(made, length, weights, learning):
         ask = Ask(length, SIZE, regret=regrets.of(field.seqs[depth - 1]) if depth else 0.0)
         choice = field.decide(weights, explain=True, learn=learn)
         for seen, row, expected in zip(
-            choice.candidates, rows, COSTS["default"].score(rows, ask, weights), strict=True
+            choice.recording.candidates(), rows, COSTS["default"].score(rows, ask, weights), strict=True
         ):
             assert seen.terms == pytest.approx(preferred(expected, row), rel=1e-9, abs=1e-6)
         if learn and depth:
@@ -272,7 +274,7 @@ def test_many_targets(targets, cost):
     for _ in range(5):
         choice = field.decide(cost=cost, preferences=False)
         assert choice.row == field.rows[pick.lowest(costs, requests, dice)]
-        assert (choice.terms, choice.candidates) == (None, None)
+        assert (choice.terms, choice.recording) == (None, None)
     # Only some of them, in another order.
     field.rows = field.rows[:: -2 if targets > 1 else 1]
     some = costs[:: -2 if targets > 1 else 1]
@@ -306,7 +308,7 @@ def test_what_is_no_number_is_never_preferred(temperature, wrong):
     field = Field([Made(taint=math.nan), Made(taint=1.0), Made(taint=math.nan)], range(8))
     choices = [field.decide(cost="dynamo", temperature=temperature, explain=True) for _ in range(50)]
     assert {choice.row for choice in choices} == {1}
-    assert [seen.cost for seen in choices[0].candidates][::2] == [math.inf, math.inf]
+    assert [seen.cost for seen in choices[0].recording.candidates()][::2] == [math.inf, math.inf]
     field = Field([Made(), Made()], range(8))
     endless = [field.decide(Weights(new_work_weight=wrong), temperature=temperature) for _ in range(100)]
     assert {choice.row for choice in endless} == {0, 1}  # somebody has to have it
@@ -407,7 +409,7 @@ def test_without_an_index_load_alone_decides():
         array("I", range(100)), SEED, None, Policy(Weights(), Knobs()), rows, None, 0, 0, True
     )
     assert (choice.row, choice.blocks, choice.tiers, choice.cached_tokens) == (1, 0, (0, 0, 0, 0), 0)
-    assert [seen.terms for seen in choice.candidates] == [(5, 100, 0, 500, 0), (0, 100, 0, 0, 0)]
+    assert [seen.terms for seen in choice.recording.candidates()] == [(5, 100, 0, 500, 0), (0, 100, 0, 0, 0)]
 
 
 def test_multimodal_content_and_seed_are_part_of_the_prompt():
@@ -427,7 +429,7 @@ def test_the_decider_follows_rows_and_slots_that_come_and_go():
     late = field._row(7, Made((4, 0, 0, 0), in_flight=5))
     field.rows.append(late)
     field.preferences.append(0.0)
-    assert [(seen.tiers[:2], seen.in_flight) for seen in field.decide(explain=True).candidates] == [
+    assert [(seen.tiers[:2], seen.in_flight) for seen in field.decide(explain=True).recording.candidates()] == [
         ((2, 0), 1),
         ((3, 1), 0),
         ((4, 0), 5),

@@ -43,7 +43,7 @@ def test_python_and_json_blocks_are_whole(page: Path) -> None:
 @EVERY_PAGE
 def test_settings_that_are_named_exist(page: Path) -> None:
     keys = {setting.key for setting in SETTINGS.values()}
-    named = re.findall(r"`((?:server|router|events|upstream|log)\.[a-z][a-z0-9-]+)`", prose(page))
+    named = re.findall(r"`((?:server|router|events|upstream|log|decisions)\.[a-z][a-z0-9-]+)`", prose(page))
     assert [key for key in named if key not in keys] == []
 
 

@@ -23,80 +23,88 @@ _sym_db = _symbol_database.Default()
 
 
 from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb2
+from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 from . import common_pb2 as kvrouter_dot_v1_dot_common__pb2
+from . import router_pb2 as kvrouter_dot_v1_dot_router__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17kvrouter/v1/admin.proto\x12\x0bkvrouter.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x18kvrouter/v1/common.proto\"\x91\x03\n\nWorkerSpec\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0b\n\x03url\x18\x02 \x01(\t\x12\x10\n\x08\x65ndpoint\x18\x03 \x01(\t\x12\x0e\n\x06models\x18\x04 \x03(\t\x12\x0e\n\x06\x65vents\x18\x05 \x01(\t\x12\x0e\n\x06replay\x18\x06 \x01(\t\x12\r\n\x05topic\x18\x07 \x01(\t\x12\x16\n\tkv_events\x18\x08 \x01(\x08H\x00\x88\x01\x01\x12\x14\n\x07\x64p_size\x18\t \x01(\rH\x01\x88\x01\x01\x12\x17\n\nblock_size\x18\n \x01(\rH\x02\x88\x01\x01\x12%\n\x04role\x18\x0b \x01(\x0e\x32\x17.kvrouter.v1.WorkerRole\x12\x0e\n\x06taints\x18\x0c \x03(\t\x12\x1c\n\x0ftotal_kv_blocks\x18\r \x01(\rH\x03\x88\x01\x01\x12#\n\x16max_num_batched_tokens\x18\x0e \x01(\rH\x04\x88\x01\x01\x42\x0c\n\n_kv_eventsB\n\n\x08_dp_sizeB\r\n\x0b_block_sizeB\x12\n\x10_total_kv_blocksB\x19\n\x17_max_num_batched_tokens\"\xb8\x04\n\x0cStreamStatus\x12\x0f\n\x07\x64p_rank\x18\x01 \x01(\r\x12\'\n\x05state\x18\x02 \x01(\x0e\x32\x18.kvrouter.v1.StreamState\x12\x15\n\x08last_seq\x18\x03 \x01(\x04H\x00\x88\x01\x01\x12\x0f\n\x07\x62\x61tches\x18\x04 \x01(\x04\x12\x0c\n\x04gaps\x18\x05 \x01(\x04\x12\x0e\n\x06missed\x18\x06 \x01(\x04\x12\x0f\n\x07replays\x18\x07 \x01(\x04\x12\x10\n\x08restarts\x18\x08 \x01(\x04\x12\x17\n\x0f\x64\x65\x63ode_failures\x18\t \x01(\x04\x12\x16\n\x0eskipped_events\x18\n \x01(\x04\x12\x0f\n\x07partial\x18\x0b \x01(\x08\x12\x31\n\x0elast_event_age\x18\x0c \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x0e\n\x06\x62locks\x18\r \x01(\x04\x12\x0f\n\x07orphans\x18\x0e \x01(\x04\x12\x11\n\tfreshness\x18\x0f \x01(\x01\x12\x0e\n\x06\x64\x65tail\x18\x10 \x01(\t\x12\x34\n\x0f\x66reshness_parts\x18\x11 \x01(\x0b\x32\x1b.kvrouter.v1.FreshnessParts\x12\x0c\n\x04lost\x18\x12 \x01(\x04\x12\x0e\n\x06\x62\x65hind\x18\x13 \x01(\x04\x12\x0f\n\x07resyncs\x18\x14 \x01(\x04\x12(\n\x04hits\x18\x15 \x01(\x0b\x32\x1a.kvrouter.v1.HitPrediction\x12\x17\n\x0forphans_adopted\x18\x16 \x01(\x04\x12\x17\n\x0forphans_dropped\x18\x17 \x01(\x04\x42\x0b\n\t_last_seq\"t\n\x0e\x46reshnessParts\x12\x10\n\x08\x63overage\x18\x01 \x01(\x01\x12\x0b\n\x03lag\x18\x02 \x01(\x01\x12\x0f\n\x07silence\x18\x03 \x01(\x01\x12\x0f\n\x07orphans\x18\x04 \x01(\x01\x12\x0f\n\x07reading\x18\x05 \x01(\x01\x12\x10\n\x08\x61\x63\x63uracy\x18\x06 \x01(\x01\"\xd0\x01\n\rHitPrediction\x12\r\n\x05\x65xact\x18\x01 \x01(\x04\x12\x0c\n\x04over\x18\x02 \x01(\x04\x12\r\n\x05under\x18\x03 \x01(\x04\x12\x17\n\x0f\x66oretold_tokens\x18\x04 \x01(\x04\x12\x14\n\x0c\x66ound_tokens\x18\x05 \x01(\x04\x12\x14\n\x0c\x65rror_tokens\x18\x06 \x01(\x01\x12\x10\n\x08\x61\x63\x63uracy\x18\x07 \x01(\x01\x12\x11\n\x04told\x18\x08 \x01(\x08H\x00\x88\x01\x01\x12\x10\n\x08\x64rifting\x18\t \x01(\x08\x12\x0e\n\x06\x61larms\x18\n \x01(\x04\x42\x07\n\x05_told\"\xb7\x02\n\x0cWorkerStatus\x12\x11\n\tworker_id\x18\x01 \x01(\x06\x12%\n\x04spec\x18\x02 \x01(\x0b\x32\x17.kvrouter.v1.WorkerSpec\x12\'\n\x05state\x18\x03 \x01(\x0e\x32\x18.kvrouter.v1.WorkerState\x12\x0e\n\x06reason\x18\x04 \x01(\t\x12*\n\x07streams\x18\x05 \x03(\x0b\x32\x19.kvrouter.v1.StreamStatus\x12\x33\n\x10registration_ttl\x18\x06 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x16\n\x0e\x65ngine_version\x18\x07 \x01(\t\x12\r\n\x05loras\x18\x08 \x03(\t\x12\x1a\n\rmax_model_len\x18\t \x01(\rH\x00\x88\x01\x01\x42\x10\n\x0e_max_model_len\"&\n\x12ListWorkersRequest\x12\x10\n\x08\x65ndpoint\x18\x01 \x01(\t\"b\n\x13ListWorkersResponse\x12*\n\x07workers\x18\x01 \x03(\x0b\x32\x19.kvrouter.v1.WorkerStatus\x12\r\n\x05ready\x18\x02 \x01(\x08\x12\x10\n\x08\x66indings\x18\x03 \x03(\t\"f\n\x15RegisterWorkerRequest\x12%\n\x04spec\x18\x01 \x01(\x0b\x32\x17.kvrouter.v1.WorkerSpec\x12&\n\x03ttl\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\"+\n\x16RegisterWorkerResponse\x12\x11\n\tworker_id\x18\x01 \x01(\x06\"\"\n\x12RenewWorkerRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"=\n\x13RenewWorkerResponse\x12&\n\x03ttl\x18\x01 \x01(\x0b\x32\x19.google.protobuf.Duration\"\'\n\x17\x44\x65registerWorkerRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"\x1a\n\x18\x44\x65registerWorkerResponse\"0\n\x12\x44rainWorkerRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04undo\x18\x02 \x01(\x08\".\n\x13\x44rainWorkerResponse\x12\x17\n\x0f\x61\x63tive_requests\x18\x01 \x01(\r\"#\n\x0fGetLoadsRequest\x12\x10\n\x08\x65ndpoint\x18\x01 \x01(\t\"\xe9\x02\n\nWorkerLoad\x12\x11\n\tworker_id\x18\x01 \x01(\x06\x12\x0f\n\x07\x64p_rank\x18\x02 \x01(\r\x12\x13\n\x0bworker_name\x18\x03 \x01(\t\x12\x10\n\x08\x65ndpoint\x18\x04 \x01(\t\x12\x17\n\x0f\x61\x63tive_requests\x18\x05 \x01(\r\x12\x1d\n\x15queued_prefill_tokens\x18\x06 \x01(\x04\x12\x15\n\ractive_blocks\x18\x07 \x01(\x04\x12\x15\n\rcached_blocks\x18\x08 \x01(\x04\x12\x19\n\x0ctotal_blocks\x18\t \x01(\x04H\x00\x88\x01\x01\x12)\n\x06\x65ngine\x18\n \x01(\x0b\x32\x19.kvrouter.v1.EngineReport\x12(\n\x04hits\x18\x0b \x01(\x0b\x32\x1a.kvrouter.v1.HitPrediction\x12)\n\x07\x66oreign\x18\x0c \x01(\x0b\x32\x18.kvrouter.v1.ForeignLoadB\x0f\n\r_total_blocks\"a\n\x0b\x46oreignLoad\x12\x10\n\x08requests\x18\x01 \x01(\r\x12\x18\n\x10waiting_requests\x18\x02 \x01(\r\x12\x16\n\x0eprefill_tokens\x18\x03 \x01(\x04\x12\x0e\n\x06\x62locks\x18\x04 \x01(\x04\"\xae\x01\n\x0c\x45ngineReport\x12\x0f\n\x07running\x18\x01 \x01(\x04\x12\x0f\n\x07waiting\x18\x02 \x01(\x04\x12\x15\n\x08kv_usage\x18\x03 \x01(\x01H\x00\x88\x01\x01\x12\x1b\n\x0eprefix_queries\x18\x04 \x01(\x04H\x01\x88\x01\x01\x12\x18\n\x0bprefix_hits\x18\x05 \x01(\x04H\x02\x88\x01\x01\x42\x0b\n\t_kv_usageB\x11\n\x0f_prefix_queriesB\x0e\n\x0c_prefix_hits\"`\n\nIndexStats\x12\x10\n\x08\x65ndpoint\x18\x01 \x01(\t\x12\x12\n\nblock_size\x18\x02 \x01(\r\x12\x0e\n\x06\x62locks\x18\x03 \x01(\x04\x12\r\n\x05\x65\x64ges\x18\x04 \x01(\x04\x12\r\n\x05\x62ytes\x18\x05 \x01(\x04\"?\n\x0cPrefillCount\x12\x10\n\x08\x65ndpoint\x18\x01 \x01(\t\x12\x0e\n\x06reason\x18\x02 \x01(\t\x12\r\n\x05\x63ount\x18\x03 \x01(\x04\"\xbb\x01\n\x10GetLoadsResponse\x12&\n\x05loads\x18\x01 \x03(\x0b\x32\x17.kvrouter.v1.WorkerLoad\x12(\n\x07indexes\x18\x02 \x03(\x0b\x32\x17.kvrouter.v1.IndexStats\x12+\n\x08prefills\x18\x03 \x03(\x0b\x32\x19.kvrouter.v1.PrefillCount\x12(\n\x06queues\x18\x04 \x03(\x0b\x32\x18.kvrouter.v1.QueueStatus\"\xc0\x01\n\x0bQueueStatus\x12\x10\n\x08\x65ndpoint\x18\x01 \x01(\t\x12(\n\x07\x63lasses\x18\x02 \x03(\x0b\x32\x17.kvrouter.v1.QueueClass\x12\x31\n\x0e\x65stimated_wait\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x10\n\x08\x61\x64mitted\x18\x04 \x01(\x04\x12\x0f\n\x07refused\x18\x05 \x01(\x04\x12\x11\n\ttimed_out\x18\x06 \x01(\x04\x12\x0c\n\x04gone\x18\x07 \x01(\x04\"\x7f\n\nQueueClass\x12\x17\n\x0fstrict_priority\x18\x01 \x01(\r\x12\x0f\n\x07waiting\x18\x02 \x01(\r\x12\x16\n\x0ewaiting_tokens\x18\x03 \x01(\x04\x12/\n\x0clongest_wait\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\"\xce\x01\n\nThresholds\x12!\n\x14\x61\x63tive_decode_blocks\x18\x01 \x01(\x01H\x00\x88\x01\x01\x12\"\n\x15\x61\x63tive_prefill_tokens\x18\x02 \x01(\x04H\x01\x88\x01\x01\x12\'\n\x1a\x61\x63tive_prefill_tokens_frac\x18\x03 \x01(\x01H\x02\x88\x01\x01\x42\x17\n\x15_active_decode_blocksB\x18\n\x16_active_prefill_tokensB\x1d\n\x1b_active_prefill_tokens_frac\"S\n\x12\x45ndpointThresholds\x12\x10\n\x08\x65ndpoint\x18\x01 \x01(\t\x12+\n\nthresholds\x18\x02 \x01(\x0b\x32\x17.kvrouter.v1.Thresholds\"(\n\x14GetThresholdsRequest\x12\x10\n\x08\x65ndpoint\x18\x01 \x01(\t\"K\n\x15GetThresholdsResponse\x12\x32\n\tendpoints\x18\x01 \x03(\x0b\x32\x1f.kvrouter.v1.EndpointThresholds\"U\n\x14SetThresholdsRequest\x12\x10\n\x08\x65ndpoint\x18\x01 \x01(\t\x12+\n\nthresholds\x18\x02 \x01(\x0b\x32\x17.kvrouter.v1.Thresholds\"\x17\n\x15SetThresholdsResponse\")\n\x15StreamSnapshotRequest\x12\x10\n\x08\x65ndpoint\x18\x01 \x01(\t\"&\n\x16StreamSnapshotResponse\x12\x0c\n\x04\x64\x61ta\x18\x01 \x01(\x0c\x32\x97\x06\n\rKvRouterAdmin\x12P\n\x0bListWorkers\x12\x1f.kvrouter.v1.ListWorkersRequest\x1a .kvrouter.v1.ListWorkersResponse\x12Y\n\x0eRegisterWorker\x12\".kvrouter.v1.RegisterWorkerRequest\x1a#.kvrouter.v1.RegisterWorkerResponse\x12P\n\x0bRenewWorker\x12\x1f.kvrouter.v1.RenewWorkerRequest\x1a .kvrouter.v1.RenewWorkerResponse\x12_\n\x10\x44\x65registerWorker\x12$.kvrouter.v1.DeregisterWorkerRequest\x1a%.kvrouter.v1.DeregisterWorkerResponse\x12P\n\x0b\x44rainWorker\x12\x1f.kvrouter.v1.DrainWorkerRequest\x1a .kvrouter.v1.DrainWorkerResponse\x12G\n\x08GetLoads\x12\x1c.kvrouter.v1.GetLoadsRequest\x1a\x1d.kvrouter.v1.GetLoadsResponse\x12V\n\rGetThresholds\x12!.kvrouter.v1.GetThresholdsRequest\x1a\".kvrouter.v1.GetThresholdsResponse\x12V\n\rSetThresholds\x12!.kvrouter.v1.SetThresholdsRequest\x1a\".kvrouter.v1.SetThresholdsResponse\x12[\n\x0eStreamSnapshot\x12\".kvrouter.v1.StreamSnapshotRequest\x1a#.kvrouter.v1.StreamSnapshotResponse0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17kvrouter/v1/admin.proto\x12\x0bkvrouter.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x18kvrouter/v1/common.proto\x1a\x18kvrouter/v1/router.proto\"\x91\x03\n\nWorkerSpec\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0b\n\x03url\x18\x02 \x01(\t\x12\x10\n\x08\x65ndpoint\x18\x03 \x01(\t\x12\x0e\n\x06models\x18\x04 \x03(\t\x12\x0e\n\x06\x65vents\x18\x05 \x01(\t\x12\x0e\n\x06replay\x18\x06 \x01(\t\x12\r\n\x05topic\x18\x07 \x01(\t\x12\x16\n\tkv_events\x18\x08 \x01(\x08H\x00\x88\x01\x01\x12\x14\n\x07\x64p_size\x18\t \x01(\rH\x01\x88\x01\x01\x12\x17\n\nblock_size\x18\n \x01(\rH\x02\x88\x01\x01\x12%\n\x04role\x18\x0b \x01(\x0e\x32\x17.kvrouter.v1.WorkerRole\x12\x0e\n\x06taints\x18\x0c \x03(\t\x12\x1c\n\x0ftotal_kv_blocks\x18\r \x01(\rH\x03\x88\x01\x01\x12#\n\x16max_num_batched_tokens\x18\x0e \x01(\rH\x04\x88\x01\x01\x42\x0c\n\n_kv_eventsB\n\n\x08_dp_sizeB\r\n\x0b_block_sizeB\x12\n\x10_total_kv_blocksB\x19\n\x17_max_num_batched_tokens\"\xb8\x04\n\x0cStreamStatus\x12\x0f\n\x07\x64p_rank\x18\x01 \x01(\r\x12\'\n\x05state\x18\x02 \x01(\x0e\x32\x18.kvrouter.v1.StreamState\x12\x15\n\x08last_seq\x18\x03 \x01(\x04H\x00\x88\x01\x01\x12\x0f\n\x07\x62\x61tches\x18\x04 \x01(\x04\x12\x0c\n\x04gaps\x18\x05 \x01(\x04\x12\x0e\n\x06missed\x18\x06 \x01(\x04\x12\x0f\n\x07replays\x18\x07 \x01(\x04\x12\x10\n\x08restarts\x18\x08 \x01(\x04\x12\x17\n\x0f\x64\x65\x63ode_failures\x18\t \x01(\x04\x12\x16\n\x0eskipped_events\x18\n \x01(\x04\x12\x0f\n\x07partial\x18\x0b \x01(\x08\x12\x31\n\x0elast_event_age\x18\x0c \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x0e\n\x06\x62locks\x18\r \x01(\x04\x12\x0f\n\x07orphans\x18\x0e \x01(\x04\x12\x11\n\tfreshness\x18\x0f \x01(\x01\x12\x0e\n\x06\x64\x65tail\x18\x10 \x01(\t\x12\x34\n\x0f\x66reshness_parts\x18\x11 \x01(\x0b\x32\x1b.kvrouter.v1.FreshnessParts\x12\x0c\n\x04lost\x18\x12 \x01(\x04\x12\x0e\n\x06\x62\x65hind\x18\x13 \x01(\x04\x12\x0f\n\x07resyncs\x18\x14 \x01(\x04\x12(\n\x04hits\x18\x15 \x01(\x0b\x32\x1a.kvrouter.v1.HitPrediction\x12\x17\n\x0forphans_adopted\x18\x16 \x01(\x04\x12\x17\n\x0forphans_dropped\x18\x17 \x01(\x04\x42\x0b\n\t_last_seq\"t\n\x0e\x46reshnessParts\x12\x10\n\x08\x63overage\x18\x01 \x01(\x01\x12\x0b\n\x03lag\x18\x02 \x01(\x01\x12\x0f\n\x07silence\x18\x03 \x01(\x01\x12\x0f\n\x07orphans\x18\x04 \x01(\x01\x12\x0f\n\x07reading\x18\x05 \x01(\x01\x12\x10\n\x08\x61\x63\x63uracy\x18\x06 \x01(\x01\"\xd0\x01\n\rHitPrediction\x12\r\n\x05\x65xact\x18\x01 \x01(\x04\x12\x0c\n\x04over\x18\x02 \x01(\x04\x12\r\n\x05under\x18\x03 \x01(\x04\x12\x17\n\x0f\x66oretold_tokens\x18\x04 \x01(\x04\x12\x14\n\x0c\x66ound_tokens\x18\x05 \x01(\x04\x12\x14\n\x0c\x65rror_tokens\x18\x06 \x01(\x01\x12\x10\n\x08\x61\x63\x63uracy\x18\x07 \x01(\x01\x12\x11\n\x04told\x18\x08 \x01(\x08H\x00\x88\x01\x01\x12\x10\n\x08\x64rifting\x18\t \x01(\x08\x12\x0e\n\x06\x61larms\x18\n \x01(\x04\x42\x07\n\x05_told\"\xb7\x02\n\x0cWorkerStatus\x12\x11\n\tworker_id\x18\x01 \x01(\x06\x12%\n\x04spec\x18\x02 \x01(\x0b\x32\x17.kvrouter.v1.WorkerSpec\x12\'\n\x05state\x18\x03 \x01(\x0e\x32\x18.kvrouter.v1.WorkerState\x12\x0e\n\x06reason\x18\x04 \x01(\t\x12*\n\x07streams\x18\x05 \x03(\x0b\x32\x19.kvrouter.v1.StreamStatus\x12\x33\n\x10registration_ttl\x18\x06 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x16\n\x0e\x65ngine_version\x18\x07 \x01(\t\x12\r\n\x05loras\x18\x08 \x03(\t\x12\x1a\n\rmax_model_len\x18\t \x01(\rH\x00\x88\x01\x01\x42\x10\n\x0e_max_model_len\"&\n\x12ListWorkersRequest\x12\x10\n\x08\x65ndpoint\x18\x01 \x01(\t\"b\n\x13ListWorkersResponse\x12*\n\x07workers\x18\x01 \x03(\x0b\x32\x19.kvrouter.v1.WorkerStatus\x12\r\n\x05ready\x18\x02 \x01(\x08\x12\x10\n\x08\x66indings\x18\x03 \x03(\t\"f\n\x15RegisterWorkerRequest\x12%\n\x04spec\x18\x01 \x01(\x0b\x32\x17.kvrouter.v1.WorkerSpec\x12&\n\x03ttl\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\"+\n\x16RegisterWorkerResponse\x12\x11\n\tworker_id\x18\x01 \x01(\x06\"\"\n\x12RenewWorkerRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"=\n\x13RenewWorkerResponse\x12&\n\x03ttl\x18\x01 \x01(\x0b\x32\x19.google.protobuf.Duration\"\'\n\x17\x44\x65registerWorkerRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"\x1a\n\x18\x44\x65registerWorkerResponse\"0\n\x12\x44rainWorkerRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04undo\x18\x02 \x01(\x08\".\n\x13\x44rainWorkerResponse\x12\x17\n\x0f\x61\x63tive_requests\x18\x01 \x01(\r\"#\n\x0fGetLoadsRequest\x12\x10\n\x08\x65ndpoint\x18\x01 \x01(\t\"\xe9\x02\n\nWorkerLoad\x12\x11\n\tworker_id\x18\x01 \x01(\x06\x12\x0f\n\x07\x64p_rank\x18\x02 \x01(\r\x12\x13\n\x0bworker_name\x18\x03 \x01(\t\x12\x10\n\x08\x65ndpoint\x18\x04 \x01(\t\x12\x17\n\x0f\x61\x63tive_requests\x18\x05 \x01(\r\x12\x1d\n\x15queued_prefill_tokens\x18\x06 \x01(\x04\x12\x15\n\ractive_blocks\x18\x07 \x01(\x04\x12\x15\n\rcached_blocks\x18\x08 \x01(\x04\x12\x19\n\x0ctotal_blocks\x18\t \x01(\x04H\x00\x88\x01\x01\x12)\n\x06\x65ngine\x18\n \x01(\x0b\x32\x19.kvrouter.v1.EngineReport\x12(\n\x04hits\x18\x0b \x01(\x0b\x32\x1a.kvrouter.v1.HitPrediction\x12)\n\x07\x66oreign\x18\x0c \x01(\x0b\x32\x18.kvrouter.v1.ForeignLoadB\x0f\n\r_total_blocks\"a\n\x0b\x46oreignLoad\x12\x10\n\x08requests\x18\x01 \x01(\r\x12\x18\n\x10waiting_requests\x18\x02 \x01(\r\x12\x16\n\x0eprefill_tokens\x18\x03 \x01(\x04\x12\x0e\n\x06\x62locks\x18\x04 \x01(\x04\"\xae\x01\n\x0c\x45ngineReport\x12\x0f\n\x07running\x18\x01 \x01(\x04\x12\x0f\n\x07waiting\x18\x02 \x01(\x04\x12\x15\n\x08kv_usage\x18\x03 \x01(\x01H\x00\x88\x01\x01\x12\x1b\n\x0eprefix_queries\x18\x04 \x01(\x04H\x01\x88\x01\x01\x12\x18\n\x0bprefix_hits\x18\x05 \x01(\x04H\x02\x88\x01\x01\x42\x0b\n\t_kv_usageB\x11\n\x0f_prefix_queriesB\x0e\n\x0c_prefix_hits\"`\n\nIndexStats\x12\x10\n\x08\x65ndpoint\x18\x01 \x01(\t\x12\x12\n\nblock_size\x18\x02 \x01(\r\x12\x0e\n\x06\x62locks\x18\x03 \x01(\x04\x12\r\n\x05\x65\x64ges\x18\x04 \x01(\x04\x12\r\n\x05\x62ytes\x18\x05 \x01(\x04\"?\n\x0cPrefillCount\x12\x10\n\x08\x65ndpoint\x18\x01 \x01(\t\x12\x0e\n\x06reason\x18\x02 \x01(\t\x12\r\n\x05\x63ount\x18\x03 \x01(\x04\"\xbb\x01\n\x10GetLoadsResponse\x12&\n\x05loads\x18\x01 \x03(\x0b\x32\x17.kvrouter.v1.WorkerLoad\x12(\n\x07indexes\x18\x02 \x03(\x0b\x32\x17.kvrouter.v1.IndexStats\x12+\n\x08prefills\x18\x03 \x03(\x0b\x32\x19.kvrouter.v1.PrefillCount\x12(\n\x06queues\x18\x04 \x03(\x0b\x32\x18.kvrouter.v1.QueueStatus\"\xc0\x01\n\x0bQueueStatus\x12\x10\n\x08\x65ndpoint\x18\x01 \x01(\t\x12(\n\x07\x63lasses\x18\x02 \x03(\x0b\x32\x17.kvrouter.v1.QueueClass\x12\x31\n\x0e\x65stimated_wait\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x10\n\x08\x61\x64mitted\x18\x04 \x01(\x04\x12\x0f\n\x07refused\x18\x05 \x01(\x04\x12\x11\n\ttimed_out\x18\x06 \x01(\x04\x12\x0c\n\x04gone\x18\x07 \x01(\x04\"\x7f\n\nQueueClass\x12\x17\n\x0fstrict_priority\x18\x01 \x01(\r\x12\x0f\n\x07waiting\x18\x02 \x01(\r\x12\x16\n\x0ewaiting_tokens\x18\x03 \x01(\x04\x12/\n\x0clongest_wait\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\"\xce\x01\n\nThresholds\x12!\n\x14\x61\x63tive_decode_blocks\x18\x01 \x01(\x01H\x00\x88\x01\x01\x12\"\n\x15\x61\x63tive_prefill_tokens\x18\x02 \x01(\x04H\x01\x88\x01\x01\x12\'\n\x1a\x61\x63tive_prefill_tokens_frac\x18\x03 \x01(\x01H\x02\x88\x01\x01\x42\x17\n\x15_active_decode_blocksB\x18\n\x16_active_prefill_tokensB\x1d\n\x1b_active_prefill_tokens_frac\"S\n\x12\x45ndpointThresholds\x12\x10\n\x08\x65ndpoint\x18\x01 \x01(\t\x12+\n\nthresholds\x18\x02 \x01(\x0b\x32\x17.kvrouter.v1.Thresholds\"(\n\x14GetThresholdsRequest\x12\x10\n\x08\x65ndpoint\x18\x01 \x01(\t\"K\n\x15GetThresholdsResponse\x12\x32\n\tendpoints\x18\x01 \x03(\x0b\x32\x1f.kvrouter.v1.EndpointThresholds\"U\n\x14SetThresholdsRequest\x12\x10\n\x08\x65ndpoint\x18\x01 \x01(\t\x12+\n\nthresholds\x18\x02 \x01(\x0b\x32\x17.kvrouter.v1.Thresholds\"\x17\n\x15SetThresholdsResponse\"\x8b\x01\n\x0e\x45xplainRequest\x12\x33\n\x07request\x18\x01 \x01(\x0b\x32 .kvrouter.v1.BestWorkerIdRequestH\x00\x12\x14\n\nrequest_id\x18\x02 \x01(\tH\x00\x12\x10\n\x06recent\x18\x03 \x01(\rH\x00\x12\x10\n\x08\x65ndpoint\x18\x04 \x01(\tB\n\n\x08\x64\x65\x63ision\">\n\x0f\x45xplainResponse\x12+\n\tdecisions\x18\x01 \x03(\x0b\x32\x18.kvrouter.v1.Explanation\"\xeb\x02\n\x0b\x45xplanation\x12\x10\n\x08\x65ndpoint\x18\x01 \x01(\t\x12\x12\n\nrequest_id\x18\x02 \x01(\t\x12.\n\ndecided_at\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x11\n\tworker_id\x18\x04 \x01(\x06\x12\x0f\n\x07\x64p_rank\x18\x05 \x01(\r\x12\x13\n\x0bworker_name\x18\x06 \x01(\t\x12\x0e\n\x06reason\x18\x07 \x01(\t\x12\x0c\n\x04mode\x18\x08 \x01(\t\x12\x0c\n\x04\x63ost\x18\t \x01(\t\x12\x13\n\x0btemperature\x18\n \x01(\x01\x12\x15\n\rprompt_tokens\x18\x0b \x01(\r\x12\x15\n\rprompt_blocks\x18\x0c \x01(\r\x12\x12\n\nblock_size\x18\r \x01(\r\x12\x1e\n\x16\x65xpected_output_tokens\x18\x0e \x01(\x04\x12*\n\ncandidates\x18\x0f \x03(\x0b\x32\x16.kvrouter.v1.Candidate\")\n\x15StreamSnapshotRequest\x12\x10\n\x08\x65ndpoint\x18\x01 \x01(\t\"&\n\x16StreamSnapshotResponse\x12\x0c\n\x04\x64\x61ta\x18\x01 \x01(\x0c\x32\xdd\x06\n\rKvRouterAdmin\x12P\n\x0bListWorkers\x12\x1f.kvrouter.v1.ListWorkersRequest\x1a .kvrouter.v1.ListWorkersResponse\x12Y\n\x0eRegisterWorker\x12\".kvrouter.v1.RegisterWorkerRequest\x1a#.kvrouter.v1.RegisterWorkerResponse\x12P\n\x0bRenewWorker\x12\x1f.kvrouter.v1.RenewWorkerRequest\x1a .kvrouter.v1.RenewWorkerResponse\x12_\n\x10\x44\x65registerWorker\x12$.kvrouter.v1.DeregisterWorkerRequest\x1a%.kvrouter.v1.DeregisterWorkerResponse\x12P\n\x0b\x44rainWorker\x12\x1f.kvrouter.v1.DrainWorkerRequest\x1a .kvrouter.v1.DrainWorkerResponse\x12G\n\x08GetLoads\x12\x1c.kvrouter.v1.GetLoadsRequest\x1a\x1d.kvrouter.v1.GetLoadsResponse\x12V\n\rGetThresholds\x12!.kvrouter.v1.GetThresholdsRequest\x1a\".kvrouter.v1.GetThresholdsResponse\x12V\n\rSetThresholds\x12!.kvrouter.v1.SetThresholdsRequest\x1a\".kvrouter.v1.SetThresholdsResponse\x12\x44\n\x07\x45xplain\x12\x1b.kvrouter.v1.ExplainRequest\x1a\x1c.kvrouter.v1.ExplainResponse\x12[\n\x0eStreamSnapshot\x12\".kvrouter.v1.StreamSnapshotRequest\x1a#.kvrouter.v1.StreamSnapshotResponse0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'admin_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_WORKERSPEC']._serialized_start=99
-  _globals['_WORKERSPEC']._serialized_end=500
-  _globals['_STREAMSTATUS']._serialized_start=503
-  _globals['_STREAMSTATUS']._serialized_end=1071
-  _globals['_FRESHNESSPARTS']._serialized_start=1073
-  _globals['_FRESHNESSPARTS']._serialized_end=1189
-  _globals['_HITPREDICTION']._serialized_start=1192
-  _globals['_HITPREDICTION']._serialized_end=1400
-  _globals['_WORKERSTATUS']._serialized_start=1403
-  _globals['_WORKERSTATUS']._serialized_end=1714
-  _globals['_LISTWORKERSREQUEST']._serialized_start=1716
-  _globals['_LISTWORKERSREQUEST']._serialized_end=1754
-  _globals['_LISTWORKERSRESPONSE']._serialized_start=1756
-  _globals['_LISTWORKERSRESPONSE']._serialized_end=1854
-  _globals['_REGISTERWORKERREQUEST']._serialized_start=1856
-  _globals['_REGISTERWORKERREQUEST']._serialized_end=1958
-  _globals['_REGISTERWORKERRESPONSE']._serialized_start=1960
-  _globals['_REGISTERWORKERRESPONSE']._serialized_end=2003
-  _globals['_RENEWWORKERREQUEST']._serialized_start=2005
-  _globals['_RENEWWORKERREQUEST']._serialized_end=2039
-  _globals['_RENEWWORKERRESPONSE']._serialized_start=2041
-  _globals['_RENEWWORKERRESPONSE']._serialized_end=2102
-  _globals['_DEREGISTERWORKERREQUEST']._serialized_start=2104
-  _globals['_DEREGISTERWORKERREQUEST']._serialized_end=2143
-  _globals['_DEREGISTERWORKERRESPONSE']._serialized_start=2145
-  _globals['_DEREGISTERWORKERRESPONSE']._serialized_end=2171
-  _globals['_DRAINWORKERREQUEST']._serialized_start=2173
-  _globals['_DRAINWORKERREQUEST']._serialized_end=2221
-  _globals['_DRAINWORKERRESPONSE']._serialized_start=2223
-  _globals['_DRAINWORKERRESPONSE']._serialized_end=2269
-  _globals['_GETLOADSREQUEST']._serialized_start=2271
-  _globals['_GETLOADSREQUEST']._serialized_end=2306
-  _globals['_WORKERLOAD']._serialized_start=2309
-  _globals['_WORKERLOAD']._serialized_end=2670
-  _globals['_FOREIGNLOAD']._serialized_start=2672
-  _globals['_FOREIGNLOAD']._serialized_end=2769
-  _globals['_ENGINEREPORT']._serialized_start=2772
-  _globals['_ENGINEREPORT']._serialized_end=2946
-  _globals['_INDEXSTATS']._serialized_start=2948
-  _globals['_INDEXSTATS']._serialized_end=3044
-  _globals['_PREFILLCOUNT']._serialized_start=3046
-  _globals['_PREFILLCOUNT']._serialized_end=3109
-  _globals['_GETLOADSRESPONSE']._serialized_start=3112
-  _globals['_GETLOADSRESPONSE']._serialized_end=3299
-  _globals['_QUEUESTATUS']._serialized_start=3302
-  _globals['_QUEUESTATUS']._serialized_end=3494
-  _globals['_QUEUECLASS']._serialized_start=3496
-  _globals['_QUEUECLASS']._serialized_end=3623
-  _globals['_THRESHOLDS']._serialized_start=3626
-  _globals['_THRESHOLDS']._serialized_end=3832
-  _globals['_ENDPOINTTHRESHOLDS']._serialized_start=3834
-  _globals['_ENDPOINTTHRESHOLDS']._serialized_end=3917
-  _globals['_GETTHRESHOLDSREQUEST']._serialized_start=3919
-  _globals['_GETTHRESHOLDSREQUEST']._serialized_end=3959
-  _globals['_GETTHRESHOLDSRESPONSE']._serialized_start=3961
-  _globals['_GETTHRESHOLDSRESPONSE']._serialized_end=4036
-  _globals['_SETTHRESHOLDSREQUEST']._serialized_start=4038
-  _globals['_SETTHRESHOLDSREQUEST']._serialized_end=4123
-  _globals['_SETTHRESHOLDSRESPONSE']._serialized_start=4125
-  _globals['_SETTHRESHOLDSRESPONSE']._serialized_end=4148
-  _globals['_STREAMSNAPSHOTREQUEST']._serialized_start=4150
-  _globals['_STREAMSNAPSHOTREQUEST']._serialized_end=4191
-  _globals['_STREAMSNAPSHOTRESPONSE']._serialized_start=4193
-  _globals['_STREAMSNAPSHOTRESPONSE']._serialized_end=4231
-  _globals['_KVROUTERADMIN']._serialized_start=4234
-  _globals['_KVROUTERADMIN']._serialized_end=5025
+  _globals['_WORKERSPEC']._serialized_start=158
+  _globals['_WORKERSPEC']._serialized_end=559
+  _globals['_STREAMSTATUS']._serialized_start=562
+  _globals['_STREAMSTATUS']._serialized_end=1130
+  _globals['_FRESHNESSPARTS']._serialized_start=1132
+  _globals['_FRESHNESSPARTS']._serialized_end=1248
+  _globals['_HITPREDICTION']._serialized_start=1251
+  _globals['_HITPREDICTION']._serialized_end=1459
+  _globals['_WORKERSTATUS']._serialized_start=1462
+  _globals['_WORKERSTATUS']._serialized_end=1773
+  _globals['_LISTWORKERSREQUEST']._serialized_start=1775
+  _globals['_LISTWORKERSREQUEST']._serialized_end=1813
+  _globals['_LISTWORKERSRESPONSE']._serialized_start=1815
+  _globals['_LISTWORKERSRESPONSE']._serialized_end=1913
+  _globals['_REGISTERWORKERREQUEST']._serialized_start=1915
+  _globals['_REGISTERWORKERREQUEST']._serialized_end=2017
+  _globals['_REGISTERWORKERRESPONSE']._serialized_start=2019
+  _globals['_REGISTERWORKERRESPONSE']._serialized_end=2062
+  _globals['_RENEWWORKERREQUEST']._serialized_start=2064
+  _globals['_RENEWWORKERREQUEST']._serialized_end=2098
+  _globals['_RENEWWORKERRESPONSE']._serialized_start=2100
+  _globals['_RENEWWORKERRESPONSE']._serialized_end=2161
+  _globals['_DEREGISTERWORKERREQUEST']._serialized_start=2163
+  _globals['_DEREGISTERWORKERREQUEST']._serialized_end=2202
+  _globals['_DEREGISTERWORKERRESPONSE']._serialized_start=2204
+  _globals['_DEREGISTERWORKERRESPONSE']._serialized_end=2230
+  _globals['_DRAINWORKERREQUEST']._serialized_start=2232
+  _globals['_DRAINWORKERREQUEST']._serialized_end=2280
+  _globals['_DRAINWORKERRESPONSE']._serialized_start=2282
+  _globals['_DRAINWORKERRESPONSE']._serialized_end=2328
+  _globals['_GETLOADSREQUEST']._serialized_start=2330
+  _globals['_GETLOADSREQUEST']._serialized_end=2365
+  _globals['_WORKERLOAD']._serialized_start=2368
+  _globals['_WORKERLOAD']._serialized_end=2729
+  _globals['_FOREIGNLOAD']._serialized_start=2731
+  _globals['_FOREIGNLOAD']._serialized_end=2828
+  _globals['_ENGINEREPORT']._serialized_start=2831
+  _globals['_ENGINEREPORT']._serialized_end=3005
+  _globals['_INDEXSTATS']._serialized_start=3007
+  _globals['_INDEXSTATS']._serialized_end=3103
+  _globals['_PREFILLCOUNT']._serialized_start=3105
+  _globals['_PREFILLCOUNT']._serialized_end=3168
+  _globals['_GETLOADSRESPONSE']._serialized_start=3171
+  _globals['_GETLOADSRESPONSE']._serialized_end=3358
+  _globals['_QUEUESTATUS']._serialized_start=3361
+  _globals['_QUEUESTATUS']._serialized_end=3553
+  _globals['_QUEUECLASS']._serialized_start=3555
+  _globals['_QUEUECLASS']._serialized_end=3682
+  _globals['_THRESHOLDS']._serialized_start=3685
+  _globals['_THRESHOLDS']._serialized_end=3891
+  _globals['_ENDPOINTTHRESHOLDS']._serialized_start=3893
+  _globals['_ENDPOINTTHRESHOLDS']._serialized_end=3976
+  _globals['_GETTHRESHOLDSREQUEST']._serialized_start=3978
+  _globals['_GETTHRESHOLDSREQUEST']._serialized_end=4018
+  _globals['_GETTHRESHOLDSRESPONSE']._serialized_start=4020
+  _globals['_GETTHRESHOLDSRESPONSE']._serialized_end=4095
+  _globals['_SETTHRESHOLDSREQUEST']._serialized_start=4097
+  _globals['_SETTHRESHOLDSREQUEST']._serialized_end=4182
+  _globals['_SETTHRESHOLDSRESPONSE']._serialized_start=4184
+  _globals['_SETTHRESHOLDSRESPONSE']._serialized_end=4207
+  _globals['_EXPLAINREQUEST']._serialized_start=4210
+  _globals['_EXPLAINREQUEST']._serialized_end=4349
+  _globals['_EXPLAINRESPONSE']._serialized_start=4351
+  _globals['_EXPLAINRESPONSE']._serialized_end=4413
+  _globals['_EXPLANATION']._serialized_start=4416
+  _globals['_EXPLANATION']._serialized_end=4779
+  _globals['_STREAMSNAPSHOTREQUEST']._serialized_start=4781
+  _globals['_STREAMSNAPSHOTREQUEST']._serialized_end=4822
+  _globals['_STREAMSNAPSHOTRESPONSE']._serialized_start=4824
+  _globals['_STREAMSNAPSHOTRESPONSE']._serialized_end=4862
+  _globals['_KVROUTERADMIN']._serialized_start=4865
+  _globals['_KVROUTERADMIN']._serialized_end=5726
 # @@protoc_insertion_point(module_scope)

@@ -24,25 +24,25 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18kvrouter/v1/common.proto\x12\x0bkvrouter.v1\"a\n\x07Overlap\x12\x15\n\rdevice_blocks\x18\x01 \x01(\r\x12\x13\n\x0bhost_blocks\x18\x02 \x01(\r\x12\x13\n\x0b\x64isk_blocks\x18\x03 \x01(\r\x12\x15\n\rremote_blocks\x18\x04 \x01(\r\"\'\n\x08\x43ostTerm\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01\"\xbe\x01\n\tCandidate\x12\x11\n\tworker_id\x18\x01 \x01(\x06\x12\x0f\n\x07\x64p_rank\x18\x02 \x01(\r\x12\x13\n\x0bworker_name\x18\x03 \x01(\t\x12%\n\x07overlap\x18\x04 \x01(\x0b\x32\x14.kvrouter.v1.Overlap\x12\x11\n\x04\x63ost\x18\x05 \x01(\x01H\x00\x88\x01\x01\x12$\n\x05terms\x18\x06 \x03(\x0b\x32\x15.kvrouter.v1.CostTerm\x12\x0f\n\x07\x64ropped\x18\x07 \x01(\tB\x07\n\x05_cost\"?\n\x15\x42lockMultimodalHashes\x12\x13\n\x0b\x62lock_index\x18\x01 \x01(\r\x12\x11\n\tmm_hashes\x18\x02 \x03(\x06*p\n\nWorkerRole\x12\x1b\n\x17WORKER_ROLE_UNSPECIFIED\x10\x00\x12\x14\n\x10WORKER_ROLE_BOTH\x10\x01\x12\x17\n\x13WORKER_ROLE_PREFILL\x10\x02\x12\x16\n\x12WORKER_ROLE_DECODE\x10\x03*\xb5\x01\n\x0bWorkerState\x12\x1c\n\x18WORKER_STATE_UNSPECIFIED\x10\x00\x12\x19\n\x15WORKER_STATE_STARTING\x10\x01\x12\x16\n\x12WORKER_STATE_READY\x10\x02\x12\x1a\n\x16WORKER_STATE_UNHEALTHY\x10\x03\x12\x1e\n\x1aWORKER_STATE_MISCONFIGURED\x10\x04\x12\x19\n\x15WORKER_STATE_DRAINING\x10\x05*\xbd\x01\n\x0bStreamState\x12\x1c\n\x18STREAM_STATE_UNSPECIFIED\x10\x00\x12\x15\n\x11STREAM_STATE_COLD\x10\x01\x12\x18\n\x14STREAM_STATE_SYNCING\x10\x02\x12\x15\n\x11STREAM_STATE_LIVE\x10\x03\x12\x16\n\x12STREAM_STATE_STALE\x10\x04\x12\x14\n\x10STREAM_STATE_OFF\x10\x05\x12\x1a\n\x16STREAM_STATE_PREDICTED\x10\x06\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18kvrouter/v1/common.proto\x12\x0bkvrouter.v1\"a\n\x07Overlap\x12\x15\n\rdevice_blocks\x18\x01 \x01(\r\x12\x13\n\x0bhost_blocks\x18\x02 \x01(\r\x12\x13\n\x0b\x64isk_blocks\x18\x03 \x01(\r\x12\x15\n\rremote_blocks\x18\x04 \x01(\r\"\'\n\x08\x43ostTerm\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01\"\xac\x03\n\tCandidate\x12\x11\n\tworker_id\x18\x01 \x01(\x06\x12\x0f\n\x07\x64p_rank\x18\x02 \x01(\r\x12\x13\n\x0bworker_name\x18\x03 \x01(\t\x12%\n\x07overlap\x18\x04 \x01(\x0b\x32\x14.kvrouter.v1.Overlap\x12\x11\n\x04\x63ost\x18\x05 \x01(\x01H\x00\x88\x01\x01\x12$\n\x05terms\x18\x06 \x03(\x0b\x32\x15.kvrouter.v1.CostTerm\x12\x0f\n\x07\x64ropped\x18\x07 \x01(\t\x12\x11\n\tfreshness\x18\x08 \x01(\x01\x12\x17\n\x0f\x61\x63tive_requests\x18\t \x01(\r\x12\x18\n\x10waiting_requests\x18\n \x01(\r\x12\x1d\n\x15queued_prefill_tokens\x18\x0b \x01(\x03\x12\x15\n\ractive_blocks\x18\x0c \x01(\x03\x12\x14\n\x0ctotal_blocks\x18\r \x01(\r\x12\x18\n\x10in_flight_blocks\x18\x0e \x01(\r\x12\x12\n\npreference\x18\x0f \x01(\x01\x12\x12\n\x05score\x18\x10 \x01(\x01H\x01\x88\x01\x01\x12\x0e\n\x06\x63hance\x18\x11 \x01(\x01\x42\x07\n\x05_costB\x08\n\x06_score\"?\n\x15\x42lockMultimodalHashes\x12\x13\n\x0b\x62lock_index\x18\x01 \x01(\r\x12\x11\n\tmm_hashes\x18\x02 \x03(\x06*p\n\nWorkerRole\x12\x1b\n\x17WORKER_ROLE_UNSPECIFIED\x10\x00\x12\x14\n\x10WORKER_ROLE_BOTH\x10\x01\x12\x17\n\x13WORKER_ROLE_PREFILL\x10\x02\x12\x16\n\x12WORKER_ROLE_DECODE\x10\x03*\xb5\x01\n\x0bWorkerState\x12\x1c\n\x18WORKER_STATE_UNSPECIFIED\x10\x00\x12\x19\n\x15WORKER_STATE_STARTING\x10\x01\x12\x16\n\x12WORKER_STATE_READY\x10\x02\x12\x1a\n\x16WORKER_STATE_UNHEALTHY\x10\x03\x12\x1e\n\x1aWORKER_STATE_MISCONFIGURED\x10\x04\x12\x19\n\x15WORKER_STATE_DRAINING\x10\x05*\xbd\x01\n\x0bStreamState\x12\x1c\n\x18STREAM_STATE_UNSPECIFIED\x10\x00\x12\x15\n\x11STREAM_STATE_COLD\x10\x01\x12\x18\n\x14STREAM_STATE_SYNCING\x10\x02\x12\x15\n\x11STREAM_STATE_LIVE\x10\x03\x12\x16\n\x12STREAM_STATE_STALE\x10\x04\x12\x14\n\x10STREAM_STATE_OFF\x10\x05\x12\x1a\n\x16STREAM_STATE_PREDICTED\x10\x06\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'common_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_WORKERROLE']._serialized_start=439
-  _globals['_WORKERROLE']._serialized_end=551
-  _globals['_WORKERSTATE']._serialized_start=554
-  _globals['_WORKERSTATE']._serialized_end=735
-  _globals['_STREAMSTATE']._serialized_start=738
-  _globals['_STREAMSTATE']._serialized_end=927
+  _globals['_WORKERROLE']._serialized_start=677
+  _globals['_WORKERROLE']._serialized_end=789
+  _globals['_WORKERSTATE']._serialized_start=792
+  _globals['_WORKERSTATE']._serialized_end=973
+  _globals['_STREAMSTATE']._serialized_start=976
+  _globals['_STREAMSTATE']._serialized_end=1165
   _globals['_OVERLAP']._serialized_start=41
   _globals['_OVERLAP']._serialized_end=138
   _globals['_COSTTERM']._serialized_start=140
   _globals['_COSTTERM']._serialized_end=179
   _globals['_CANDIDATE']._serialized_start=182
-  _globals['_CANDIDATE']._serialized_end=372
-  _globals['_BLOCKMULTIMODALHASHES']._serialized_start=374
-  _globals['_BLOCKMULTIMODALHASHES']._serialized_end=437
+  _globals['_CANDIDATE']._serialized_end=610
+  _globals['_BLOCKMULTIMODALHASHES']._serialized_start=612
+  _globals['_BLOCKMULTIMODALHASHES']._serialized_end=675
 # @@protoc_insertion_point(module_scope)

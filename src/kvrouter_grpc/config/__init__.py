@@ -6,12 +6,13 @@ from kvrouter_grpc.config.load import load
 from kvrouter_grpc.config.model import Config
 from kvrouter_grpc.config.policy import EndpointPolicy
 from kvrouter_grpc.config.router import RouterConfig
-from kvrouter_grpc.config.sections import EventsConfig, LogConfig, ServerConfig, UpstreamConfig
+from kvrouter_grpc.config.sections import DecisionsConfig, EventsConfig, LogConfig, ServerConfig, UpstreamConfig
 from kvrouter_grpc.config.worker import WorkerEntry
 from kvrouter_grpc.config.worker_list import read_workers
 
 __all__ = [
     "Config",
+    "DecisionsConfig",
     "EndpointPolicy",
     "EventsConfig",
     "LocalPrefill",

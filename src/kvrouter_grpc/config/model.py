@@ -10,7 +10,7 @@ from pydantic import Field
 from kvrouter_grpc.config.policy import EndpointPolicy, applied
 from kvrouter_grpc.config.router import RouterConfig
 from kvrouter_grpc.config.section import Contradiction, Endpoint, Names, Section, Syntax, setting
-from kvrouter_grpc.config.sections import EventsConfig, LogConfig, ServerConfig, UpstreamConfig
+from kvrouter_grpc.config.sections import DecisionsConfig, EventsConfig, LogConfig, ServerConfig, UpstreamConfig
 from kvrouter_grpc.types import WorkerSpec
 
 
@@ -49,6 +49,7 @@ class Config(Section):
     events: EventsConfig = EventsConfig()
     upstream: UpstreamConfig = UpstreamConfig()
     log: LogConfig = LogConfig()
+    decisions: DecisionsConfig = DecisionsConfig()
     warnings: tuple[str, ...] = Field((), exclude=True, repr=False)
     origins: Mapping[str, str] = Field({}, exclude=True, repr=False)
 

@@ -235,3 +235,41 @@ class LogConfig(Section):
     format: Literal["auto", "console", "json"] = setting(
         "auto", "One JSON object per line, or text for people; auto is console on a terminal, else json."
     )
+
+
+class DecisionsConfig(Section):
+    """What is remembered of decisions."""
+
+    log_size: int = setting(
+        1024,
+        "Decisions that each endpoint remembers for `kvrouter explain`, with all that they read: about 100 bytes per "
+        "worker each, 64 MiB at most. 0 remembers none.",
+        names=Names(flag="--decision-log-size"),
+        ge=0,
+        le=65_536,
+    )
+    log_file: Path | None = setting(
+        None,
+        "Also write them to this file, a line of JSON each, for `kvrouter replay`. Never has tokens.",
+        names=Names(flag="--decision-log-file"),
+    )
+    log_file_bytes: int = setting(
+        64 * MIB,
+        "Size at which the file becomes FILE.1, which replaces the one before, and another one is begun.",
+        names=Names(flag="--decision-log-file-bytes"),
+        ge=64 * 1024,
+        le=1 << 40,
+    )
+    log_hashes: bool = setting(
+        False,
+        "Write the prompts' block hashes to the file, too.",
+        names=Names(flag="--decision-log-hashes"),
+    )
+
+    def contradictions(self) -> Iterator[Contradiction]:
+        """What is written is taken from what is remembered."""
+        if self.log_file is not None and not self.log_size:
+            yield Contradiction(
+                ("decisions.log_file", "decisions.log_size"),
+                "the decisions in log-file are those that log-size remembers: let it be at least 1.",
+            )

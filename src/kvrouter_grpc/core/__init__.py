@@ -2,10 +2,13 @@
 
 try:
     from kvrouter_grpc.core.block_hash import hash_blocks, hash_bytes, hash_sequence, seed_for, sequence_hashes
-    from kvrouter_grpc.core.decider import Choice, Decider
+    from kvrouter_grpc.core.choice import Choice
+    from kvrouter_grpc.core.decider import Decider
+    from kvrouter_grpc.core.decision_log import DecisionLog
     from kvrouter_grpc.core.kv_feed import Applied, BatchError, KvFeed
     from kvrouter_grpc.core.policy import COSTS, Policy
     from kvrouter_grpc.core.radix_tree import RadixTree
+    from kvrouter_grpc.core.recording import Recording
     from kvrouter_grpc.core.reply_wire import answer_reply, best_worker_head, best_worker_reply, delimited
     from kvrouter_grpc.core.request_wire import entries, read_plain, split
     from kvrouter_grpc.core.snapshot import read_slot, write_slot
@@ -20,9 +23,11 @@ __all__ = [
     "BatchError",
     "Choice",
     "Decider",
+    "DecisionLog",
     "KvFeed",
     "Policy",
     "RadixTree",
+    "Recording",
     "TargetTable",
     "TokenIds",
     "answer_reply",

@@ -43,6 +43,7 @@ cdef struct Weights:
 # The request as the cost sees it.
 cdef struct Ask:
     int64_t tokens  # of the prompt
+    int64_t output_tokens  # that the answer is expected to have
     int64_t block_size  # at least 1
     int64_t usable_blocks  # that a cache can save: an engine computes at least the last token, and caches by block
     int64_t full_blocks  # of the prompt
@@ -57,6 +58,7 @@ cdef struct Ask:
 cdef inline void ask_init(Ask* ask, int64_t tokens, int64_t output_tokens, int64_t block_size) noexcept nogil:
     # Worked out once per request: a division takes longer than the rest of a target's cost.
     ask.tokens = tokens
+    ask.output_tokens = output_tokens
     ask.block_size = block_size
     ask.usable_blocks = (tokens - 1) // block_size if tokens else 0
     ask.full_blocks = tokens // block_size

@@ -3,30 +3,10 @@ from collections.abc import Mapping, Sequence
 
 from typing_extensions import Buffer
 
+from kvrouter_grpc.core.choice import Choice
+from kvrouter_grpc.core.decision_log import DecisionLog
 from kvrouter_grpc.core.policy import Policy
 from kvrouter_grpc.core.target_table import TargetTable
-
-class Choice:
-    """One row as the decision saw it."""
-
-    row: int
-    blocks: int
-    """Full blocks of the prompt."""
-    tiers: tuple[int, int, int, int]
-    """Blocks that the target holds on device, in host memory, on disk and remotely, each where the one before ends."""
-    in_flight: int
-    """Leading blocks that requests in flight on the target pin."""
-    cached_tokens: int
-    """Tokens of the prompt that the engine should find cached: whole blocks, never the last token."""
-    new_tokens: int
-    """Tokens of the prompt that must be computed, as the cost counts them: what is booked as prefill load."""
-    freshness: float
-    cost: float
-    """The sum of its terms; infinity for what is no number."""
-    terms: tuple[float, ...] | None
-    """Of the cost, in the order of `Policy.terms`; None unless explained."""
-    candidates: list[Choice] | None
-    """Every row that was asked, in the order given; None unless explained."""
 
 class Decider:
     """Answers where a prompt should go: hashes, matches, scores and picks in one compiled pass.
@@ -56,6 +36,9 @@ class Decider:
         explain: bool,
         session: int | None = None,
         learn: bool = False,
+        log: DecisionLog | None = None,
+        occasion: object = None,
+        request_id: str = "",
     ) -> Choice:
         """Choose the row that should have a prompt.
 
@@ -70,10 +53,13 @@ class Decider:
             preferences: For each of them the sum of the request's preferences for its taints, `array("d")`; None: 0.
             output_tokens: Tokens that the answer is expected to have.
             turn: Of mode round-robin; `turn % len(rows)` is taken.
-            explain: Fill `terms` and `candidates`.
+            explain: Fill `terms` and `recording`.
             session: Hash of the session that the request belongs to, a u64; None without one.
             learn: The request will be sent there: count what staying with its prefix costs it (cost `default`, see
                 `regret.pxd`).
+            log: Takes a recording of the decision; None: none.
+            occasion: Whatever explains the rows; it is kept with the recording, as the next.
+            request_id: The request's name.
 
         Raises:
             ValueError: A buffer of another type, no rows, or a prompt of more than 2**20 blocks.

@@ -20,12 +20,14 @@ from libc.stdlib cimport calloc, free, realloc
 from libc.string cimport memcpy
 
 from kvrouter_grpc.core.block_hash cimport as_u64, chain_hashes, local_hashes, rehash_multimodal, sequence_run
-from kvrouter_grpc.core.cost cimport MOST_TERMS, Ask, ask_init, cached_tokens, new_tokens
-from kvrouter_grpc.core.mode cimport LOWEST_COST, Caller, mode_scores
-from kvrouter_grpc.core.overlap cimport Overlap
-from kvrouter_grpc.core.pick cimport Dice, pick_lowest, pick_softmax
+from kvrouter_grpc.core.choice cimport Choice, choice_of, choose
+from kvrouter_grpc.core.cost cimport Ask, ask_init
+from kvrouter_grpc.core.decision_log cimport DecisionLog
+from kvrouter_grpc.core.mode cimport LOWEST_COST, Caller
+from kvrouter_grpc.core.pick cimport Dice
 from kvrouter_grpc.core.policy cimport Policy
-from kvrouter_grpc.core.question cimport Question, question_compare, question_costs, question_loss, question_target
+from kvrouter_grpc.core.question cimport Question, question_compare, question_loss
+from kvrouter_grpc.core.recording cimport Recording, record
 from kvrouter_grpc.core.regret cimport PREFIXES, Regret, regret_of, regret_set
 from kvrouter_grpc.core.target_table cimport TargetTable
 from kvrouter_grpc.core.walk cimport Step, tree_match, tree_path
@@ -35,23 +37,6 @@ cdef c_array.array U64 = array("Q")
 cdef enum:
     MOST_BLOCKS = 1 << 20  # of a prompt
     USUAL = 64  # decisions after which a former habit has faded
-
-
-@cython.final
-@cython.freelist(16)
-cdef class Choice:
-    """One row as the decision saw it; the full description is in `decider.pyi`."""
-
-    cdef readonly uint32_t row
-    cdef readonly uint32_t blocks
-    cdef readonly tuple tiers
-    cdef readonly uint32_t in_flight
-    cdef readonly int64_t cached_tokens
-    cdef readonly int64_t new_tokens
-    cdef readonly double freshness
-    cdef readonly double cost
-    cdef readonly tuple terms
-    cdef readonly list candidates
 
 
 @cython.final
@@ -102,14 +87,20 @@ cdef class Decider:
         bint explain,
         session=None,
         bint learn=False,
+        DecisionLog log=None,
+        occasion=None,
+        str request_id="",
     ):
         """The row that should have the prompt."""
         cdef Question question
         cdef Caller caller
         cdef uint32_t chosen
         cdef Choice choice
+        cdef Recording recording
+        cdef Dice dice = self.dice
         cdef uint32_t i
         question.weights = &policy.weights
+        question.known = NULL
         question.count = <uint32_t>len(rows)
         question.rows = rows.data.as_uints
         question.preferences = NULL
@@ -131,9 +122,18 @@ cdef class Decider:
         if question.deepest:
             question.ask.regret = regret_of(self.regrets, self.seqs[question.deepest - 1])
         chosen = self._pick(&question, &caller, policy)
-        choice = self._choice(&question, chosen, policy, explain)
-        if explain:
-            choice.candidates = [self._choice(&question, i, policy, True) for i in range(question.count)]
+        choice = choice_of(&question, chosen, <uint32_t>self.blocks, policy, explain)
+        if explain or log is not None:
+            recording = record(&question, &caller, self.table.ledgers, dice, chosen, <uint32_t>self.blocks)
+            recording.policy = policy
+            recording.occasion = occasion
+            recording.request_id = request_id
+            if log is not None:
+                if log.hashes:
+                    recording.sequence = self.sequence()
+                log.put(recording)
+            if explain:
+                choice.recording = recording
         if learn and question.deepest and policy.mode == LOWEST_COST:
             self._learn(&question, chosen)
         self.usual_new_tokens += (<double>choice.new_tokens - self.usual_new_tokens) / USUAL
@@ -202,12 +202,8 @@ cdef class Decider:
     # --- the choice --------------------------------------------------------------------------------------------------
 
     cdef uint32_t _pick(self, const Question* question, const Caller* caller, Policy policy) except? 0xFFFFFFFF:
-        cdef const uint32_t* rows = question.rows if policy.fewest_requests else NULL
         _room(<void**>&self.scores, &self.scores_capacity, question.count, sizeof(double))
-        mode_scores(question, policy.mode, &policy.knobs, caller, self.table.ledgers, &self.dice, self.scores)
-        if policy.temperature > 0:
-            return pick_softmax(self.scores, question.count, policy.temperature, &self.dice)
-        return pick_lowest(self.scores, question.count, rows, question.targets, &self.dice)
+        return choose(question, caller, policy, self.table.ledgers, &self.dice, self.scores)
 
     cdef void _learn(self, const Question* question, uint32_t chosen) noexcept:
         # A prefix that is computed anew has another holder: what was regretted is made good.
@@ -217,24 +213,6 @@ cdef class Decider:
             self.seqs[question.deepest - 1],
             question.ask.regret + loss if 0 <= loss < INFINITY else 0.0,
         )
-
-    cdef Choice _choice(self, const Question* question, uint32_t i, Policy policy, bint with_terms):
-        cdef Choice choice = Choice.__new__(Choice)
-        cdef Overlap overlap
-        cdef double terms[MOST_TERMS]
-        cdef double cost
-        question_costs(question, i, i + 1, &cost, &overlap, terms)
-        choice.cost = cost
-        choice.row = question.rows[i]
-        choice.blocks = <uint32_t>self.blocks
-        choice.tiers = (overlap.tiers[0], overlap.tiers[1], overlap.tiers[2], overlap.tiers[3])
-        choice.in_flight = overlap.in_flight
-        choice.cached_tokens = cached_tokens(&overlap, &question.ask, question.weights)
-        choice.new_tokens = new_tokens(&overlap, &question.ask, question.weights)
-        choice.freshness = question_target(question, i).freshness
-        if with_terms:
-            choice.terms = tuple([terms[j] for j in range(len(policy.terms))])
-        return choice
 
 
 cdef int _room(void** buffer, size_t* capacity, size_t count, size_t size) except -1:

@@ -84,16 +84,15 @@ cdef inline uint32_t pick_lowest(
     return best
 
 
-cdef inline uint32_t pick_softmax(double* costs, uint32_t count, double temperature, Dice* dice) noexcept nogil:
-    """Index drawn with `p ~ exp(-(cost - min) / ((max - min) * temperature))`; uniform when all are equal.
+cdef inline double softmax_weights(double* costs, uint32_t count, double temperature) noexcept nogil:
+    """Overwrites costs with `exp(-(cost - min) / ((max - min) * temperature))`; gives their sum.
 
-    The contract's min-max normalised softmax: the temperature means the same whatever the costs' unit. What costs
-    infinity is not drawn while anything else can be. `costs` is overwritten.
+    The contract's min-max normalised softmax: the temperature means the same whatever the costs' unit. All are 1 when
+    all costs are equal. What costs infinity weighs nothing while anything else weighs something.
     """
     cdef double low = INFINITY
     cdef double high = -INFINITY
     cdef double total = 0
-    cdef uint32_t last = 0
     cdef uint32_t i
     for i in range(count):
         if costs[i] < low:
@@ -108,6 +107,14 @@ cdef inline uint32_t pick_softmax(double* costs, uint32_t count, double temperat
         else:
             costs[i] = 0
         total += costs[i]
+    return total
+
+
+cdef inline uint32_t pick_softmax(double* costs, uint32_t count, double temperature, Dice* dice) noexcept nogil:
+    """Index drawn by the weights of a softmax. `costs` is overwritten."""
+    cdef double total = softmax_weights(costs, count, temperature)
+    cdef uint32_t last = 0
+    cdef uint32_t i
     total *= dice_unit(dice)
     for i in range(count):
         if costs[i] > 0:
@@ -116,3 +123,26 @@ cdef inline uint32_t pick_softmax(double* costs, uint32_t count, double temperat
             if total < 0:
                 break
     return last
+
+
+cdef inline void chances(
+    double* scores, uint32_t count, const uint32_t* rows, const Target* targets, double temperature
+) noexcept nogil:
+    """Overwrites scores with how likely each is to be picked; arguments as for `pick_lowest` and `pick_softmax`."""
+    cdef double lowest = INFINITY
+    cdef double total = 0
+    cdef uint32_t fewest = UINT32_MAX
+    cdef uint32_t i
+    if temperature > 0:
+        total = softmax_weights(scores, count, temperature)
+    else:
+        for i in range(count):
+            lowest = min(lowest, scores[i])
+        for i in range(count):
+            if rows != NULL and scores[i] == lowest:
+                fewest = min(fewest, targets[rows[i]].active_requests)
+        for i in range(count):
+            scores[i] = scores[i] == lowest and (rows == NULL or targets[rows[i]].active_requests == fewest)
+            total += scores[i]
+    for i in range(count):
+        scores[i] /= total

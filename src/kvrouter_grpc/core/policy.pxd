@@ -8,6 +8,8 @@ cdef class Policy:
     cdef Weights weights
     cdef Mode mode
     cdef Knobs knobs
-    cdef double temperature
+    cdef readonly double temperature
     cdef bint fewest_requests  # break ties
     cdef readonly tuple terms
+    cdef readonly str cost
+    cdef readonly str mode_name

@@ -58,6 +58,9 @@ class Policy:
 
     terms: tuple[str, ...]
     """Names of the terms of the cost."""
+    cost: str
+    mode_name: str
+    temperature: float
 
     def __init__(
         self, weights: Weights, knobs: Knobs, *, cost: str = "default", mode: str = "kv", temperature: float = 0.0

@@ -73,6 +73,8 @@ cdef class Policy:
         self.mode = MODES[mode]
         self.temperature = temperature
         self.terms = COSTS[cost]
+        self.cost = cost
+        self.mode_name = mode
         self.fewest_requests = self.mode in (LONGEST_PREFIX, KV_AWARE) or (
             self.mode == LOWEST_COST and is_own(self.weights.formula)
         )

@@ -30,6 +30,7 @@ cdef struct Question:
     const uint32_t* in_flight  # blocks of the prompt, by row
     Found found  # of the prompt in the index
     uint32_t deepest  # blocks that the row has which has most of the prompt
+    const Overlap* known  # of every row that is asked, of a recording; NULL: they are looked up
 
 
 cdef inline const Target* question_target(const Question* question, uint32_t i) noexcept nogil:
@@ -39,7 +40,12 @@ cdef inline const Target* question_target(const Question* question, uint32_t i) 
 cdef inline void question_overlap(const Question* question, uint32_t i, Overlap* overlap) noexcept nogil:
     """What the i-th row that is asked has of the prompt."""
     cdef const Target* target = question_target(question, i)
-    cdef const Groups* groups = question.ledgers[question.rows[i]].groups if target.grouped else NULL
+    cdef const Groups* groups = NULL
+    if question.known != NULL:
+        overlap[0] = question.known[i]
+        return
+    if target.grouped:
+        groups = question.ledgers[question.rows[i]].groups
     overlap.in_flight = question.in_flight[question.rows[i]]
     overlap_of(target, groups, &question.found, <uint32_t>question.ask.usable_blocks, overlap)
 
@@ -64,6 +70,7 @@ cdef inline void question_costs(
     cdef double cost
     cdef uint32_t i
     memset(terms, 0, sizeof(terms))
+    memset(&overlap, 0, sizeof(overlap))
     for i in range(first, end):
         question_overlap(question, i, &overlap)
         cost_terms(

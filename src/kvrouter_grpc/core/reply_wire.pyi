@@ -1,4 +1,4 @@
-from kvrouter_grpc.core.decider import Choice
+from kvrouter_grpc.core.choice import Choice
 from kvrouter_grpc.types import EngineChunk
 
 def best_worker_head(worker_id: int, dp_rank: int, worker_name: str, url: str) -> bytes:

@@ -29,7 +29,7 @@ def entries(message: bytes, most: int) -> tuple[list[tuple[int, int]], int] | No
 
 def read_plain(
     message: bytes, most: int, token_end: int, start: int = 0, stop: int = -1
-) -> tuple[TokenIds, str, str] | None:
+) -> tuple[TokenIds, str, str, str] | None:
     """Read a BestWorkerIdRequest that is plain and right, as nearly all are: without protobuf, and in place.
 
     Plain is one that has one packed array of token ids and at most an endpoint, a model and a request id, each once.
@@ -42,7 +42,7 @@ def read_plain(
         stop: As for `split`.
 
     Returns:
-        Its token ids, endpoint and model. None when it is not plain, or something is wrong with it.
+        Its token ids, endpoint, model and request id. None when it is not plain, or something is wrong with it.
 
     Raises:
         ValueError: The bytes have no such part.

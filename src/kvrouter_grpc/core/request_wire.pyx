@@ -299,6 +299,6 @@ def read_plain(bytes message not None, Py_ssize_t most, uint32_t token_end, Py_s
     if not tokens.fit(most, token_end):
         return None
     try:
-        return tokens, text(&found[ENDPOINT]), text(&found[MODEL])
+        return tokens, text(&found[ENDPOINT]), text(&found[MODEL]), text(&found[REQUEST_ID])
     except UnicodeDecodeError:
         return None

@@ -1,7 +1,7 @@
 """The targets of an endpoint by row, and which of them may take a request."""
 
 from array import array
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple, TypeVar
 
@@ -10,7 +10,7 @@ from kvrouter_grpc.errors import UnknownModelError
 from kvrouter_grpc.routing import candidates
 from kvrouter_grpc.routing.mode import CPU_TAINT
 from kvrouter_grpc.routing.workers import Worker, WorkerRegistry
-from kvrouter_grpc.types import Role, RoutingHints, Target
+from kvrouter_grpc.types import Role, RouterOverride, RoutingHints, Target
 
 _K = TypeVar("_K")
 _V = TypeVar("_V")
@@ -19,6 +19,9 @@ MOST_NAMES = 256
 """Models whose answers are kept at a time: names come from requests."""
 
 NO_ROW = "starting: its ranks are not set up yet"
+
+FREE = RoutingHints()
+"""Asks for nothing."""
 
 
 @dataclass(slots=True, eq=False)
@@ -34,11 +37,29 @@ class Seat:
     reply_head: bytes = b""
 
 
+class LeftOut(NamedTuple):
+    """A target that could not take a request."""
+
+    target: Target
+    worker_name: str
+    reason: str
+
+
+class Occasion(NamedTuple):
+    """What explains a decision beside the rows that it read; never changed, so that it can be remembered."""
+
+    seats: Mapping[int, Seat]  # by row
+    left_out: tuple[LeftOut, ...]
+    override: RouterOverride | None = None  # change of the policy for this request
+    prefilled: bool = False  # another worker computed the prompt
+
+
 class Lane(NamedTuple):
     """What prompts for one model are decided by that ask for nothing else."""
 
     rows: "array[int]"  # that may be chosen
     seed: int  # of the block hashes
+    occasion: Occasion
 
 
 @dataclass(slots=True)
@@ -53,6 +74,7 @@ class _Picture:
     eligible: dict[str, "array[int]"] = field(default_factory=dict)  # by model
     models: dict[tuple[str, str], str] = field(default_factory=dict)
     lanes: dict[str, Lane] = field(default_factory=dict)  # by model as it is asked for
+    occasions: dict[str, Occasion] = field(default_factory=dict)  # by model
 
 
 class Roster:
@@ -92,8 +114,9 @@ class Roster:
         lane = picture.lanes.get(model)
         if lane is None:
             adapter = model if model in picture.loras else ""
-            rows = self.eligible(self.model_for(model, adapter), RoutingHints(), ())
-            lane = Lane(rows, seed_for(adapter, ""))
+            name = self.model_for(model, adapter)
+            rows = self.eligible(name, FREE, ())
+            lane = Lane(rows, seed_for(adapter, ""), self.occasion(name, FREE, ()))
             _keep(picture.lanes, model, lane)
         return lane
 
@@ -109,9 +132,9 @@ class Roster:
         rows = picture.eligible.get(model)
         if rows is None:
             candidates.check_model(picture.workers, model)
-            rows = self._pick_out(picture.workers, model, RoutingHints(), ())
+            rows = self._pick_out(picture.workers, model, FREE, ())
             _keep(picture.eligible, model, rows)
-        if hints.worker_id is not None or hints.allowed_worker_ids is not None or hints.required_taints or tried:
+        if _narrows(hints, tried):
             pinned = self._workers.get(hints.worker_id) if hints.worker_id is not None else None
             rows = self._pick_out([pinned] if pinned else picture.workers, model, hints, tried)
         return rows
@@ -125,6 +148,18 @@ class Roster:
                     reason = NO_ROW
                 if reason:
                     yield worker, target, reason
+
+    def occasion(self, model: str, hints: RoutingHints, tried: Collection[Target]) -> Occasion:
+        """What explains a decision among those that are eligible: who they are, and why the others are not."""
+        picture = self._picture()
+        occasion = None if _narrows(hints, tried) else picture.occasions.get(model)
+        if occasion is None:
+            drops = self.drops(model, hints, tried)
+            left_out = tuple(LeftOut(target, worker.spec.name, reason) for worker, target, reason in drops)
+            occasion = Occasion(picture.seats, left_out)
+            if not _narrows(hints, tried):
+                _keep(picture.occasions, model, occasion)
+        return occasion
 
     def model_for(self, model: str, lora_name: str) -> str:
         """The name under which the engine knows what is asked for.
@@ -176,6 +211,11 @@ class Roster:
         role = roles.pop() if len(roles) == 1 else Role.BOTH
         loras = frozenset(lora for worker in workers if worker.facts for lora in worker.facts.loras)
         return _Picture(versions, workers, seats, role, loras)
+
+
+def _narrows(hints: RoutingHints, tried: Collection[Target]) -> bool:
+    """Whether a request leaves somebody out that may take others."""
+    return bool(hints.worker_id is not None or hints.allowed_worker_ids is not None or hints.required_taints or tried)
 
 
 def _model_for(workers: list[Worker], wanted: str) -> str:

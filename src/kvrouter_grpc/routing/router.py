@@ -2,15 +2,16 @@
 
 import time
 from array import array
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from functools import partial
+from typing import cast
 
 from kvrouter_grpc import advice
 from kvrouter_grpc.config import RouterConfig
-from kvrouter_grpc.core import Choice, Decider, TokenIds, hash_bytes, seed_for
+from kvrouter_grpc.core import Choice, Decider, DecisionLog, Recording, TokenIds, hash_bytes, seed_for
 from kvrouter_grpc.errors import NotReadyError, RouterError, WorkersBusyError
-from kvrouter_grpc.routing import candidates
+from kvrouter_grpc.routing import candidates, explanation
 from kvrouter_grpc.routing.admission import Admission, Applicant
 from kvrouter_grpc.routing.cost import credit_blocks
 from kvrouter_grpc.routing.forecast import Prediction, forecasts
@@ -20,15 +21,15 @@ from kvrouter_grpc.routing.index import KvIndex
 from kvrouter_grpc.routing.loads import Booking, Lease, LoadTable, Output, TargetLoad
 from kvrouter_grpc.routing.mode import SESSION_MODES
 from kvrouter_grpc.routing.plan import Plan
-from kvrouter_grpc.routing.roster import Roster, Seat
+from kvrouter_grpc.routing.roster import FREE, LeftOut, Occasion, Roster, Seat
 from kvrouter_grpc.routing.sessions import Sessions
 from kvrouter_grpc.routing.snapshot import Snapshot
 from kvrouter_grpc.routing.stream import freshness
 from kvrouter_grpc.routing.workers import Worker, WorkerRegistry
 from kvrouter_grpc.types import (
-    Candidate,
     Decision,
     EngineReport,
+    Explanation,
     Overlap,
     Prompt,
     Role,
@@ -40,6 +41,9 @@ from kvrouter_grpc.types import (
 NEW_BLOCKS = 2
 """Full blocks still to be computed from which on an event is due: an engine that finds a prompt as a whole computes its
 last block again, and need not tell."""
+
+
+OVERLOADED = "overloaded: above a threshold of the endpoint"
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,9 +73,11 @@ class Router:
         endpoint: `namespace.component.endpoint`.
         config: The policy.
         clock: Monotonic seconds.
+        log: Takes a recording of every decision; None: none are kept.
         on_worker_change: Called with each worker that was added, changed or removed.
 
     Attributes:
+        log: The last decisions, if they are kept.
         asks_for_session: Whether it matters which session a request belongs to.
         gate: Which workers are too busy.
         admission: Where requests wait for them; None when they do not.
@@ -83,10 +89,12 @@ class Router:
         config: RouterConfig,
         *,
         clock: Callable[[], float] = time.monotonic,
+        log: DecisionLog | None = None,
         on_worker_change: Callable[[Worker], None] | None = None,
     ) -> None:
         self.endpoint = endpoint
         self.config = config
+        self.log = log
         self.workers = WorkerRegistry(self._worker_changed)
         self._on_worker_change = on_worker_change
         self.index = KvIndex(config.block_size, self._block_size_differs, clock=clock, **forecasts(config))
@@ -177,6 +185,8 @@ class Router:
         explain: bool = False,
         exclude: Collection[Target] = (),
         prefilled: bool = False,
+        request_id: str = "",
+        remember: bool = True,
     ) -> Decision:
         """Decide where a request would go; changes nothing.
 
@@ -187,13 +197,26 @@ class Router:
             explain: Fill `Decision.candidates`.
             exclude: Targets that failed this request already.
             prefilled: Another worker computes the prompt: only decoding counts.
+            request_id: By which the decision is remembered.
+            remember: Let the log have it; False for what nobody acts upon.
 
         Raises:
             RouterError: Nobody can take it; the class and message say why.
         """
-        return self._decide(prompt, hints, self._plan_for(hints, prefilled=prefilled), model, explain, exclude)
+        plan = self._plan_for(hints, prefilled=prefilled)
+        log = self.log if remember else None
+        return self._decide(prompt, hints, plan, model, explain, exclude, prefilled, request_id, log)
 
-    def choose(self, tokens: TokenIds, model: str) -> tuple[Seat, Choice, tuple[int, int, int]]:
+    def explain(self, prompt: Prompt, hints: RoutingHints, *, model: str = "") -> Explanation:
+        """Where a request would go, and why. Remembers nothing. Arguments and errors as `best_worker`."""
+        choice = self._choose(prompt, hints, self._plan_for(hints), model, True, (), False, "", None)
+        return explanation.explain(self.endpoint, cast("Recording", choice.recording))
+
+    def explained(self, recording: Recording) -> Explanation:
+        """A decision that is remembered, explained."""
+        return explanation.explain(self.endpoint, recording)
+
+    def choose(self, tokens: TokenIds, model: str, request_id: str = "") -> tuple[Seat, Choice, tuple[int, int, int]]:
         """As `best_worker`, for a prompt for which nothing else is asked; the short way for callers at a high rate.
 
         Returns:
@@ -204,14 +227,31 @@ class Router:
             RouterError: As `best_worker` and `model_for`.
         """
         self.loads.expire()
-        rows, seed = self._roster.lane(model)
+        rows, seed, occasion = self._roster.lane(model)
         if not rows:
-            raise self._nobody(model, _NO_HINTS, ())
+            raise self._nobody(model, FREE, ())
         if self.gate.limits:
-            rows = self._not_overloaded(rows, _NO_HINTS)
+            able, rows = rows, self._not_overloaded(rows, FREE)
+            if rows is not able and self.log is not None:
+                occasion = self._without(occasion, able, rows, OVERLOADED)
         if self._plan.mode == "direct":
             raise candidates.not_pinned()
-        choice = self._decider.decide(tokens, seed, None, self._plan.policy, rows, None, 0, self._turn, False)
+        choice = self._decider.decide(
+            tokens,
+            seed,
+            None,
+            self._plan.policy,
+            rows,
+            None,
+            0,
+            self._turn,
+            False,
+            None,
+            False,
+            self.log,
+            occasion,
+            request_id,
+        )
         return self._roster.seat(choice.row), choice, self.index.targets.load(choice.row)
 
     def lease(
@@ -238,7 +278,9 @@ class Router:
         """
         self.loads.check_free(request_id)
         plan = self._plan_for(hints, prefilled=prefilled)
-        decision = self._decide(prompt, hints, plan, model, explain, exclude, learn=True)
+        decision = self._decide(
+            prompt, hints, plan, model, explain, exclude, prefilled, request_id, self.log, learn=True
+        )
         seqs = self._decider.sequence()
         lease = self.loads.book(request_id, decision, self._booking(seqs, decision, plan, hints), ttl_s)
         lease.prediction = self.index.predict(decision.target, seqs, prompt, self.loads.clock())
@@ -295,7 +337,7 @@ class Router:
                 retry_after_s=admission.estimated_wait_s,
             )
         self.loads.check_free(request_id)
-        decision = self.best_worker(prompt, hints, model=model, prefilled=prefilled)
+        decision = self.best_worker(prompt, hints, model=model, prefilled=prefilled, remember=False)
         applicant = Applicant(
             (model, hints.worker_id, hints.dp_rank, hints.allowed_worker_ids, hints.required_taints),
             hints.tenant,
@@ -451,28 +493,13 @@ class Router:
         model: str,
         explain: bool,
         exclude: Collection[Target],
+        prefilled: bool,
+        request_id: str,
+        log: DecisionLog | None,
         *,
         learn: bool = False,
     ) -> Decision:
-        self.loads.expire()
-        rows = self._eligible(model, hints, exclude)
-        if plan.mode == "direct" and hints.worker_id is None:
-            raise candidates.not_pinned()
-        session = _session_key(hints) if hints.session_id else None
-        asked = rows if session is None or self._sessions is None else self._bound(session, rows)
-        choice = self._decider.decide(
-            prompt.tokens,
-            seed_for(prompt.lora_name, prompt.cache_salt),
-            prompt.mm_hashes,
-            plan.policy,
-            asked,
-            self._preferences(asked, hints) if hints.preferred_taints else None,
-            hints.expected_output_tokens or 0,
-            self._turn,
-            explain,
-            session,
-            learn,
-        )
+        choice = self._choose(prompt, hints, plan, model, explain, exclude, prefilled, request_id, log, learn=learn)
         seat = self._roster.seat(choice.row)
         block_size = self.index.block_size
         return Decision(
@@ -486,8 +513,48 @@ class Router:
             choice.cached_tokens if block_size else 0,
             choice.cost,
             choice.freshness,
-            self._explained(choice, plan, self._left_out(rows, asked, model, hints, exclude)) if explain else (),
+            explanation.candidates(choice.recording) if choice.recording is not None else (),
             choice.new_tokens,
+        )
+
+    def _choose(
+        self,
+        prompt: Prompt,
+        hints: RoutingHints,
+        plan: Plan,
+        model: str,
+        explain: bool,
+        exclude: Collection[Target],
+        prefilled: bool,
+        request_id: str,
+        log: DecisionLog | None,
+        *,
+        learn: bool = False,
+    ) -> Choice:
+        self.loads.expire()
+        rows = self._eligible(model, hints, exclude)
+        if plan.mode == "direct" and hints.worker_id is None:
+            raise candidates.not_pinned()
+        session = _session_key(hints) if hints.session_id else None
+        asked = rows if session is None or self._sessions is None else self._bound(session, rows)
+        occasion = None
+        if explain or log is not None:
+            occasion = self._occasion(rows, asked, model, hints, exclude, prefilled)
+        return self._decider.decide(
+            prompt.tokens,
+            seed_for(prompt.lora_name, prompt.cache_salt),
+            prompt.mm_hashes,
+            plan.policy,
+            asked,
+            self._preferences(asked, hints) if hints.preferred_taints else None,
+            hints.expected_output_tokens or 0,
+            self._turn,
+            explain,
+            session,
+            learn,
+            log,
+            occasion,
+            request_id,
         )
 
     def _eligible(self, model: str, hints: RoutingHints, exclude: Collection[Target]) -> "array[int]":
@@ -511,22 +578,32 @@ class Router:
         row = self.index.targets.row(target) if target is not None else None
         return array("I", [row]) if row is not None and row in rows else rows
 
-    def _left_out(
-        self, rows: "array[int]", asked: "array[int]", model: str, hints: RoutingHints, exclude: Collection[Target]
-    ) -> Iterator[tuple[Worker, Target, str]]:
-        yield from self._roster.drops(model, hints, exclude)
+    def _occasion(
+        self,
+        rows: "array[int]",
+        asked: "array[int]",
+        model: str,
+        hints: RoutingHints,
+        exclude: Collection[Target],
+        prefilled: bool,
+    ) -> Occasion:
+        occasion = self._roster.occasion(model, hints, exclude)
+        if hints.override is not None or prefilled:
+            occasion = occasion._replace(override=hints.override, prefilled=prefilled)
         if self.gate.limits:
-            able = self._roster.eligible(model, hints, exclude)
-            overloaded = [row for row in able if row not in rows]
-            yield from self._dropped(overloaded, "overloaded: above a threshold of the endpoint")
+            occasion = self._without(occasion, self._roster.eligible(model, hints, exclude), rows, OVERLOADED)
         if asked is not rows:
             bound = self._roster.seat(asked[0]).worker.spec.name
-            yield from self._dropped((row for row in rows if row not in asked), f"its session is bound to {bound}")
+            occasion = self._without(occasion, rows, asked, f"its session is bound to {bound}")
+        return occasion
 
-    def _dropped(self, rows: Iterable[int], reason: str) -> Iterator[tuple[Worker, Target, str]]:
-        for row in rows:
-            seat = self._roster.seat(row)
-            yield seat.worker, seat.target, reason
+    def _without(self, occasion: Occasion, able: "array[int]", kept: "array[int]", reason: str) -> Occasion:
+        """The occasion when of those that are able only some are kept."""
+        if len(kept) == len(able):
+            return occasion
+        others = [self._roster.seat(row) for row in sorted(set(able).difference(kept))]
+        left_out = tuple(LeftOut(seat.target, seat.worker.spec.name, reason) for seat in others)
+        return occasion._replace(left_out=occasion.left_out + left_out)
 
     def _preferences(self, rows: "array[int]", hints: RoutingHints) -> "array[float]":
         preferred = hints.preferred_taints
@@ -534,22 +611,7 @@ class Router:
             "d", [sum(preferred.get(taint, 0.0) for taint in self._roster.seat(row).worker.spec.taints) for row in rows]
         )
 
-    def _explained(
-        self, choice: Choice, plan: Plan, drops: Iterable[tuple[Worker, Target, str]]
-    ) -> tuple[Candidate, ...]:
-        """Every target, cheapest first, those that were not eligible last."""
-        scored = []
-        for seen in choice.candidates or ():
-            seat = self._roster.seat(seen.row)
-            terms = dict(zip(plan.policy.terms, seen.terms or (), strict=True))
-            overlap = Overlap._make(seen.tiers)
-            scored.append(Candidate(seat.target, seat.worker.spec.name, overlap, seen.cost, terms))
-        scored.sort(key=lambda candidate: (candidate.cost or 0.0, candidate.target))
-        dropped = [Candidate(target, worker.spec.name, Overlap(), None, {}, reason) for worker, target, reason in drops]
-        return (*scored, *dropped)
 
-
-_NO_HINTS = RoutingHints()
 _NO_BLOCKS = array("Q")
 
 

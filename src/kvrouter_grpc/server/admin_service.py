@@ -1,10 +1,10 @@
 """The service KvRouterAdmin: validate, call, convert."""
 
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import aclosing
 from typing import cast
 
-from kvrouter_grpc._gen import admin_pb2, admin_pb2_grpc
+from kvrouter_grpc._gen import admin_pb2, admin_pb2_grpc, router_pb2
 from kvrouter_grpc.discovery.fleet import Fleet
 from kvrouter_grpc.errors import OverloadedError
 from kvrouter_grpc.routing.router import Router
@@ -12,10 +12,12 @@ from kvrouter_grpc.server import duration
 from kvrouter_grpc.server.boundary import Context
 from kvrouter_grpc.server.endpoints import Endpoints
 from kvrouter_grpc.server.overload import queue_status, read_thresholds, thresholds_message
+from kvrouter_grpc.server.remembered import remembered
+from kvrouter_grpc.server.reply import explanation_message
 from kvrouter_grpc.server.violations import Violations
 from kvrouter_grpc.server.worker_messages import index_stats, read_spec, worker_loads, worker_status
 from kvrouter_grpc.snapshots import source
-from kvrouter_grpc.types import WorkerSpec
+from kvrouter_grpc.types import Explanation, WorkerSpec
 from kvrouter_grpc.upstream.relay import Relay
 
 MOST_SNAPSHOTS = 4
@@ -32,12 +34,20 @@ class AdminService(admin_pb2_grpc.KvRouterAdminServicer):
         routers: Endpoint to router.
         fleet: The workers.
         relay: What forwards to them.
+        explain: Says where a request would go, and why.
     """
 
-    def __init__(self, routers: Mapping[str, Router], fleet: Fleet, relay: Relay) -> None:
+    def __init__(
+        self,
+        routers: Mapping[str, Router],
+        fleet: Fleet,
+        relay: Relay,
+        explain: Callable[[router_pb2.BestWorkerIdRequest], Awaitable[Explanation]],
+    ) -> None:
         self._endpoints = Endpoints(routers)
         self._fleet = fleet
         self._relay = relay
+        self._explain = explain
         self._snapshots = 0  # under way
 
     async def ListWorkers(  # noqa: N802 - the names of the rpcs, here and below
@@ -117,6 +127,16 @@ class AdminService(admin_pb2_grpc.KvRouterAdminServicer):
         violations.raise_if_any()
         router.set_thresholds(thresholds)
         return admin_pb2.SetThresholdsResponse()
+
+    async def Explain(  # noqa: N802
+        self, request: admin_pb2.ExplainRequest, _context: Context
+    ) -> admin_pb2.ExplainResponse:
+        """See the contract."""
+        if request.WhichOneof("decision") == "request":
+            explanations = [await self._explain(request.request)]
+        else:
+            explanations = remembered(self._endpoints.some(request.endpoint), request)
+        return admin_pb2.ExplainResponse(decisions=map(explanation_message, explanations))
 
     async def StreamSnapshot(  # noqa: N802
         self, request: admin_pb2.StreamSnapshotRequest, _context: Context

@@ -4,13 +4,13 @@ from collections.abc import Iterable, Sequence
 
 import msgspec
 
-from kvrouter_grpc._gen import common_pb2, router_pb2
+from kvrouter_grpc._gen import admin_pb2, common_pb2, router_pb2
 from kvrouter_grpc.core import best_worker_head
 from kvrouter_grpc.routing.loads import TargetLoad
 from kvrouter_grpc.routing.roster import Seat
 from kvrouter_grpc.routing.router import OverlapScores
 from kvrouter_grpc.server import duration
-from kvrouter_grpc.types import Candidate, Decision, EngineChunk, Overlap, TokenLogprob
+from kvrouter_grpc.types import Candidate, Decision, EngineChunk, Explanation, Overlap, TokenLogprob
 from kvrouter_grpc.upstream.prefill_leg import Handover
 
 FINISH_REASONS = {
@@ -102,6 +102,16 @@ def _write_overlap(message: common_pb2.Overlap, overlap: Overlap) -> int:
 def candidate_message(candidate: Candidate) -> common_pb2.Candidate:
     """One target as the decision saw it."""
     message = common_pb2.Candidate(
+        freshness=candidate.freshness,
+        active_requests=candidate.active_requests,
+        waiting_requests=candidate.waiting_requests,
+        queued_prefill_tokens=candidate.queued_prefill_tokens,
+        active_blocks=candidate.active_blocks,
+        total_blocks=candidate.total_blocks,
+        in_flight_blocks=candidate.in_flight_blocks,
+        preference=candidate.preference,
+        score=candidate.score,
+        chance=candidate.chance,
         worker_id=candidate.target.worker_id,
         dp_rank=candidate.target.dp_rank,
         worker_name=candidate.worker_name,
@@ -110,6 +120,28 @@ def candidate_message(candidate: Candidate) -> common_pb2.Candidate:
         dropped=candidate.dropped,
     )
     _write_overlap(message.overlap, candidate.overlap)
+    return message
+
+
+def explanation_message(explanation: Explanation) -> admin_pb2.Explanation:
+    """One decision and everything that it read."""
+    message = admin_pb2.Explanation(
+        endpoint=explanation.endpoint,
+        request_id=explanation.request_id,
+        worker_id=explanation.target.worker_id,
+        dp_rank=explanation.target.dp_rank,
+        worker_name=explanation.worker_name,
+        reason=explanation.reason,
+        mode=explanation.mode,
+        cost=explanation.cost,
+        temperature=explanation.temperature,
+        prompt_tokens=explanation.prompt_tokens,
+        prompt_blocks=explanation.prompt_blocks,
+        block_size=explanation.block_size,
+        expected_output_tokens=explanation.output_tokens,
+        candidates=map(candidate_message, explanation.candidates),
+    )
+    message.decided_at.FromNanoseconds(round(explanation.at * 1e9))
     return message
 
 

@@ -37,7 +37,7 @@ from kvrouter_grpc.server.reply import (
 )
 from kvrouter_grpc.server.tokenizer import Tokenizer
 from kvrouter_grpc.server.violations import Violations
-from kvrouter_grpc.types import Decision, EngineRequest, Prompt
+from kvrouter_grpc.types import Decision, EngineRequest, Explanation, Prompt, RoutingHints
 from kvrouter_grpc.upstream.relay import Relay
 from kvrouter_grpc.upstream.waiting import booked
 
@@ -216,12 +216,12 @@ class RouterService:
         plain = read_plain(data, self._config.max_prompt_tokens, self._token_end, start, stop)
         if plain is None or self._draining:
             return None
-        tokens, endpoint, model = plain
+        tokens, endpoint, model, request_id = plain
         try:
             router = self._endpoints.one(endpoint)
             if router.asks_for_session:
                 return None
-            seat, choice, load = router.choose(tokens, model)
+            seat, choice, load = router.choose(tokens, model, request_id)
         except RouterError:
             return None
         head = seat.reply_head or write_head(seat)
@@ -236,20 +236,13 @@ class RouterService:
         """
         self._refuse_when_draining()
         request = asked.message
-        router = self._endpoints.one(request.endpoint)
         violations = Violations()
-        check_request_id(request.request_id, violations)
-        session = self._session_of(context, router, violations)
-        hints = read_hints(request, lambda: router.role, violations, session)
         ttl_s = duration.read("ttl", request.ttl, violations) if request.HasField("ttl") else None
         if request.reserve and not request.request_id:
             violations.add("request_id", "is empty; a reservation needs a name to be freed by")
         if ttl_s is not None and not request.reserve:
             violations.add("ttl", "is the life of a reservation; set reserve, or leave it out")
-        prompt = self._read_prompt(asked, request.model, router, violations)
-        if request.text:
-            prompt = await self._tokenized(prompt, request.text)
-        model = router.model_for(request.model, prompt.lora_name)
+        router, prompt, hints, model = await self._question(asked, violations, context)
         explain = request.include_candidates
         reply = router_pb2.BestWorkerIdResponse()
         if request.reserve:
@@ -260,9 +253,33 @@ class RouterService:
             decision = lease.decision
             duration.write(reply.reservation_ttl, lease.expires_in_s)
         else:
-            decision = router.best_worker(prompt, hints, model=model, explain=explain)
+            given = request.request_id
+            decision = router.best_worker(prompt, hints, model=model, explain=explain, request_id=given)
         write_best_worker(reply, decision, router.load(decision.target))
         return reply.SerializeToString()
+
+    async def explain(self, request: router_pb2.BestWorkerIdRequest) -> Explanation:
+        """Where a request would go, and why. Raises as BestWorkerId."""
+        violations = Violations()
+        if request.reserve:
+            violations.add("request.reserve", "is set; an explanation books nothing, leave it out")
+        asked = readable(self._read_best(request.SerializeToString()))
+        router, prompt, hints, model = await self._question(asked, violations, None)
+        return router.explain(prompt, hints, model=model)
+
+    async def _question(
+        self, asked: Asked[router_pb2.BestWorkerIdRequest], violations: Violations, context: Context | None
+    ) -> tuple[Router, Prompt, RoutingHints, str]:
+        """Who is asked, and what: router, prompt, hints and model. Raises what was found before, too."""
+        request = asked.message
+        router = self._endpoints.one(request.endpoint)
+        check_request_id(request.request_id, violations)
+        session = self._session_of(context, router, violations)
+        hints = read_hints(request, lambda: router.role, violations, session)
+        prompt = self._read_prompt(asked, request.model, router, violations)
+        if request.text:
+            prompt = await self._tokenized(prompt, request.text)
+        return router, prompt, hints, router.model_for(request.model, prompt.lora_name)
 
     async def _decide_all(self, batch: Batch) -> bytes:
         """The replies to a batch, as the message that is both a BestWorkerIdBatchResponse and a ...StreamResponse."""

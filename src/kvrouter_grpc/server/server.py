@@ -57,7 +57,7 @@ class GrpcServer:
         self._config = config
         self._tokenizer = None if config.tokenizer is None else Tokenizer(config.tokenizer)
         self._router_service = RouterService(config, routers, relay, self._tokenizer)
-        self._admin_service = AdminService(routers, fleet, relay)
+        self._admin_service = AdminService(routers, fleet, relay, self._router_service.explain)
         self._servers: list[grpc.aio.Server] = []
 
     async def start(self) -> Addresses:

@@ -27,6 +27,7 @@ CODES: Mapping[type[RouterError], grpc.StatusCode] = {
     errors.UnknownWorkerError: grpc.StatusCode.NOT_FOUND,
     errors.UnknownModelError: grpc.StatusCode.NOT_FOUND,
     errors.UnknownReservationError: grpc.StatusCode.NOT_FOUND,
+    errors.UnknownDecisionError: grpc.StatusCode.NOT_FOUND,
     errors.ConfiguredWorkerError: grpc.StatusCode.ALREADY_EXISTS,
     errors.DuplicateRequestError: grpc.StatusCode.ALREADY_EXISTS,
     errors.PinnedWorkerNotAllowedError: grpc.StatusCode.FAILED_PRECONDITION,

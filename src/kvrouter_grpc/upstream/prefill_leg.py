@@ -90,7 +90,9 @@ class PrefillLeg:
         handover = self._judged(router, prompt, hints, request, Counter())
         if handover is not None and handover.remote:
             try:
-                handover.decision = self._pool.best_worker(prompt, _in_the_pool(hints), model=request.model)
+                handover.decision = self._pool.best_worker(
+                    prompt, _in_the_pool(hints), model=request.model, request_id=request.request_id
+                )
             except RouterError as error:
                 handover.leave(error.reason)
         return handover
@@ -104,7 +106,7 @@ class PrefillLeg:
         if not _transferable(request):
             handover.leave(NOT_TRANSFERABLE)
         elif self._local is not None and hints.prefill_worker_id is None:
-            decision = router.best_worker(prompt, hints, model=request.model)
+            decision = router.best_worker(prompt, hints, model=request.model, remember=False)
             if self._local.holds(decision.prompt_tokens - decision.expected_cached_tokens, decision.prompt_tokens):
                 handover.leave(NOT_WORTHWHILE)
         return handover

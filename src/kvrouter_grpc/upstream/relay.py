@@ -64,7 +64,10 @@ class Relay:
         leg = self._legs.get(router.endpoint)
         prefill = leg.preview(router, prompt, hints, request) if leg is not None else None
         prefilled = prefill is not None and prefill.remote
-        return RelayStep([], router.best_worker(prompt, hints, model=request.model, prefilled=prefilled), 0, prefill)
+        decision = router.best_worker(
+            prompt, hints, model=request.model, prefilled=prefilled, request_id=request.request_id
+        )
+        return RelayStep([], decision, 0, prefill)
 
     async def generate(
         self, router: Router, prompt: Prompt, hints: RoutingHints, request: EngineRequest

@@ -7,8 +7,10 @@ from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import duration_pb2 as _duration_pb2
 from google.protobuf import message as _message
+from google.protobuf import timestamp_pb2 as _timestamp_pb2
 from google.protobuf.internal import containers as _containers
 from . import common_pb2 as _common_pb2
+from . import router_pb2 as _router_pb2
 import builtins as _builtins
 import sys
 import typing as _typing
@@ -1184,6 +1186,150 @@ class SetThresholdsResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___SetThresholdsResponse: _TypeAlias = SetThresholdsResponse  # noqa: Y015
+
+@_typing.final
+class ExplainRequest(_message.Message):
+    """Asks why."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REQUEST_FIELD_NUMBER: _builtins.int
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    RECENT_FIELD_NUMBER: _builtins.int
+    ENDPOINT_FIELD_NUMBER: _builtins.int
+    request_id: _builtins.str
+    """Where the request of this id went."""
+    recent: _builtins.int
+    """So many of the last decisions, 1 to 100."""
+    endpoint: _builtins.str
+    """Only decisions of this endpoint; of all when empty. A `request` names its endpoint itself."""
+    @_builtins.property
+    def request(self) -> _router_pb2.BestWorkerIdRequest:
+        """Where this request would go now. It is not remembered, and may not reserve."""
+
+    def __init__(
+        self,
+        *,
+        request: _router_pb2.BestWorkerIdRequest | None = ...,
+        request_id: _builtins.str = ...,
+        recent: _builtins.int = ...,
+        endpoint: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["decision", b"decision", "recent", b"recent", "request", b"request", "request_id", b"request_id"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["decision", b"decision", "endpoint", b"endpoint", "recent", b"recent", "request", b"request", "request_id", b"request_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_decision: _TypeAlias = _typing.Literal["request", "request_id", "recent"]  # noqa: Y015
+    _WhichOneofArgType_decision: _TypeAlias = _typing.Literal["decision", b"decision"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_decision) -> _WhichOneofReturnType_decision | None: ...
+
+Global___ExplainRequest: _TypeAlias = ExplainRequest  # noqa: Y015
+
+@_typing.final
+class ExplainResponse(_message.Message):
+    """The decisions asked for."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DECISIONS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def decisions(self) -> _containers.RepeatedCompositeFieldContainer[Global___Explanation]:
+        """Newest first. Of very many workers fewer are given, to keep the message below 4 MiB."""
+
+    def __init__(
+        self,
+        *,
+        decisions: _abc.Iterable[Global___Explanation] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["decisions", b"decisions"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ExplainResponse: _TypeAlias = ExplainResponse  # noqa: Y015
+
+@_typing.final
+class Explanation(_message.Message):
+    """One decision and everything that it read."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ENDPOINT_FIELD_NUMBER: _builtins.int
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    DECIDED_AT_FIELD_NUMBER: _builtins.int
+    WORKER_ID_FIELD_NUMBER: _builtins.int
+    DP_RANK_FIELD_NUMBER: _builtins.int
+    WORKER_NAME_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    MODE_FIELD_NUMBER: _builtins.int
+    COST_FIELD_NUMBER: _builtins.int
+    TEMPERATURE_FIELD_NUMBER: _builtins.int
+    PROMPT_TOKENS_FIELD_NUMBER: _builtins.int
+    PROMPT_BLOCKS_FIELD_NUMBER: _builtins.int
+    BLOCK_SIZE_FIELD_NUMBER: _builtins.int
+    EXPECTED_OUTPUT_TOKENS_FIELD_NUMBER: _builtins.int
+    CANDIDATES_FIELD_NUMBER: _builtins.int
+    endpoint: _builtins.str
+    """The endpoint that decided."""
+    request_id: _builtins.str
+    """The request; empty when it had no id."""
+    worker_id: _builtins.int
+    """The worker that was picked."""
+    dp_rank: _builtins.int
+    """Its data-parallel rank."""
+    worker_name: _builtins.str
+    """Its name."""
+    reason: _builtins.str
+    """What decided, in words."""
+    mode: _builtins.str
+    """The mode, as in `--router-mode`."""
+    cost: _builtins.str
+    """The cost, as in `--router-cost`; in modes other than `kv` it is worked out and does not decide."""
+    temperature: _builtins.float
+    """The temperature; 0 takes the lowest."""
+    prompt_tokens: _builtins.int
+    """Tokens of the prompt."""
+    prompt_blocks: _builtins.int
+    """Full blocks of the prompt."""
+    block_size: _builtins.int
+    """Tokens per block; 0 while the router had not learned it."""
+    expected_output_tokens: _builtins.int
+    """Tokens that the answer was expected to have; 0 when that was not given."""
+    @_builtins.property
+    def decided_at(self) -> _timestamp_pb2.Timestamp:
+        """When."""
+
+    @_builtins.property
+    def candidates(self) -> _containers.RepeatedCompositeFieldContainer[_common_pb2.Candidate]:
+        """Every worker; cheapest first, workers that were not eligible last."""
+
+    def __init__(
+        self,
+        *,
+        endpoint: _builtins.str = ...,
+        request_id: _builtins.str = ...,
+        decided_at: _timestamp_pb2.Timestamp | None = ...,
+        worker_id: _builtins.int = ...,
+        dp_rank: _builtins.int = ...,
+        worker_name: _builtins.str = ...,
+        reason: _builtins.str = ...,
+        mode: _builtins.str = ...,
+        cost: _builtins.str = ...,
+        temperature: _builtins.float = ...,
+        prompt_tokens: _builtins.int = ...,
+        prompt_blocks: _builtins.int = ...,
+        block_size: _builtins.int = ...,
+        expected_output_tokens: _builtins.int = ...,
+        candidates: _abc.Iterable[_common_pb2.Candidate] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["decided_at", b"decided_at"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_size", b"block_size", "candidates", b"candidates", "cost", b"cost", "decided_at", b"decided_at", "dp_rank", b"dp_rank", "endpoint", b"endpoint", "expected_output_tokens", b"expected_output_tokens", "mode", b"mode", "prompt_blocks", b"prompt_blocks", "prompt_tokens", b"prompt_tokens", "reason", b"reason", "request_id", b"request_id", "temperature", b"temperature", "worker_id", b"worker_id", "worker_name", b"worker_name"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Explanation: _TypeAlias = Explanation  # noqa: Y015
 
 @_typing.final
 class StreamSnapshotRequest(_message.Message):

@@ -75,6 +75,11 @@ class KvRouterAdminStub:
                 request_serializer=kvrouter_dot_v1_dot_admin__pb2.SetThresholdsRequest.SerializeToString,
                 response_deserializer=kvrouter_dot_v1_dot_admin__pb2.SetThresholdsResponse.FromString,
                 _registered_method=True)
+        self.Explain = channel.unary_unary(
+                '/kvrouter.v1.KvRouterAdmin/Explain',
+                request_serializer=kvrouter_dot_v1_dot_admin__pb2.ExplainRequest.SerializeToString,
+                response_deserializer=kvrouter_dot_v1_dot_admin__pb2.ExplainResponse.FromString,
+                _registered_method=True)
         self.StreamSnapshot = channel.unary_stream(
                 '/kvrouter.v1.KvRouterAdmin/StreamSnapshot',
                 request_serializer=kvrouter_dot_v1_dot_admin__pb2.StreamSnapshotRequest.SerializeToString,
@@ -160,6 +165,20 @@ class KvRouterAdminServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Explain(self, request, context):
+        """Says why requests went, or would go, where they did: every worker, what it held of the prompt, how busy it was, every
+        term of its cost or why it was left out, and what decided in the end.
+
+        Changes nothing. Decisions are remembered by every endpoint, the last `--decision-log-size` of them: BestWorkerId in
+        all its forms, and Generate with one decision per attempt and one for its prefill worker.
+
+        Status codes: INVALID_ARGUMENT, NOT_FOUND (unknown endpoint, or a request id of no decision that is remembered), and
+        those of BestWorkerId for a request, INTERNAL.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def StreamSnapshot(self, request, context):
         """Streams what this router knows of the caches of one endpoint, for another router that starts: its index, and where
         each event stream stands. A router started with `--router-snapshot-from` asks for it. Decisions go on meanwhile.
@@ -213,6 +232,11 @@ def add_KvRouterAdminServicer_to_server(servicer, server):
                     servicer.SetThresholds,
                     request_deserializer=kvrouter_dot_v1_dot_admin__pb2.SetThresholdsRequest.FromString,
                     response_serializer=kvrouter_dot_v1_dot_admin__pb2.SetThresholdsResponse.SerializeToString,
+            ),
+            'Explain': grpc.unary_unary_rpc_method_handler(
+                    servicer.Explain,
+                    request_deserializer=kvrouter_dot_v1_dot_admin__pb2.ExplainRequest.FromString,
+                    response_serializer=kvrouter_dot_v1_dot_admin__pb2.ExplainResponse.SerializeToString,
             ),
             'StreamSnapshot': grpc.unary_stream_rpc_method_handler(
                     servicer.StreamSnapshot,
@@ -437,6 +461,33 @@ class KvRouterAdmin:
             '/kvrouter.v1.KvRouterAdmin/SetThresholds',
             kvrouter_dot_v1_dot_admin__pb2.SetThresholdsRequest.SerializeToString,
             kvrouter_dot_v1_dot_admin__pb2.SetThresholdsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Explain(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kvrouter.v1.KvRouterAdmin/Explain',
+            kvrouter_dot_v1_dot_admin__pb2.ExplainRequest.SerializeToString,
+            kvrouter_dot_v1_dot_admin__pb2.ExplainResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -75,6 +75,16 @@ class KvRouterAdminStub:
 
     Status codes: INVALID_ARGUMENT, NOT_FOUND (unknown endpoint), INTERNAL.
     """
+    Explain: _grpc.UnaryUnaryMultiCallable[_admin_pb2.ExplainRequest, _admin_pb2.ExplainResponse]
+    """Says why requests went, or would go, where they did: every worker, what it held of the prompt, how busy it was, every
+    term of its cost or why it was left out, and what decided in the end.
+
+    Changes nothing. Decisions are remembered by every endpoint, the last `--decision-log-size` of them: BestWorkerId in
+    all its forms, and Generate with one decision per attempt and one for its prefill worker.
+
+    Status codes: INVALID_ARGUMENT, NOT_FOUND (unknown endpoint, or a request id of no decision that is remembered), and
+    those of BestWorkerId for a request, INTERNAL.
+    """
     StreamSnapshot: _grpc.UnaryStreamMultiCallable[_admin_pb2.StreamSnapshotRequest, _admin_pb2.StreamSnapshotResponse]
     """Streams what this router knows of the caches of one endpoint, for another router that starts: its index, and where
     each event stream stands. A router started with `--router-snapshot-from` asks for it. Decisions go on meanwhile.
@@ -129,6 +139,16 @@ class KvRouterAdminAsyncStub(KvRouterAdminStub):
     """Replaces the thresholds of one endpoint, until the router ends. Requests in flight go on.
 
     Status codes: INVALID_ARGUMENT, NOT_FOUND (unknown endpoint), INTERNAL.
+    """
+    Explain: _aio.UnaryUnaryMultiCallable[_admin_pb2.ExplainRequest, _admin_pb2.ExplainResponse]  # type: ignore[assignment]
+    """Says why requests went, or would go, where they did: every worker, what it held of the prompt, how busy it was, every
+    term of its cost or why it was left out, and what decided in the end.
+
+    Changes nothing. Decisions are remembered by every endpoint, the last `--decision-log-size` of them: BestWorkerId in
+    all its forms, and Generate with one decision per attempt and one for its prefill worker.
+
+    Status codes: INVALID_ARGUMENT, NOT_FOUND (unknown endpoint, or a request id of no decision that is remembered), and
+    those of BestWorkerId for a request, INTERNAL.
     """
     StreamSnapshot: _aio.UnaryStreamMultiCallable[_admin_pb2.StreamSnapshotRequest, _admin_pb2.StreamSnapshotResponse]  # type: ignore[assignment]
     """Streams what this router knows of the caches of one endpoint, for another router that starts: its index, and where
@@ -229,6 +249,22 @@ class KvRouterAdminServicer(metaclass=_abc_1.ABCMeta):
         """Replaces the thresholds of one endpoint, until the router ends. Requests in flight go on.
 
         Status codes: INVALID_ARGUMENT, NOT_FOUND (unknown endpoint), INTERNAL.
+        """
+
+    @_abc_1.abstractmethod
+    def Explain(
+        self,
+        request: _admin_pb2.ExplainRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_admin_pb2.ExplainResponse, _abc.Awaitable[_admin_pb2.ExplainResponse]]:
+        """Says why requests went, or would go, where they did: every worker, what it held of the prompt, how busy it was, every
+        term of its cost or why it was left out, and what decided in the end.
+
+        Changes nothing. Decisions are remembered by every endpoint, the last `--decision-log-size` of them: BestWorkerId in
+        all its forms, and Generate with one decision per attempt and one for its prefill worker.
+
+        Status codes: INVALID_ARGUMENT, NOT_FOUND (unknown endpoint, or a request id of no decision that is remembered), and
+        those of BestWorkerId for a request, INTERNAL.
         """
 
     @_abc_1.abstractmethod

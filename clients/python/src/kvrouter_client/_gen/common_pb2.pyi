@@ -196,6 +196,16 @@ class Candidate(_message.Message):
     COST_FIELD_NUMBER: _builtins.int
     TERMS_FIELD_NUMBER: _builtins.int
     DROPPED_FIELD_NUMBER: _builtins.int
+    FRESHNESS_FIELD_NUMBER: _builtins.int
+    ACTIVE_REQUESTS_FIELD_NUMBER: _builtins.int
+    WAITING_REQUESTS_FIELD_NUMBER: _builtins.int
+    QUEUED_PREFILL_TOKENS_FIELD_NUMBER: _builtins.int
+    ACTIVE_BLOCKS_FIELD_NUMBER: _builtins.int
+    TOTAL_BLOCKS_FIELD_NUMBER: _builtins.int
+    IN_FLIGHT_BLOCKS_FIELD_NUMBER: _builtins.int
+    PREFERENCE_FIELD_NUMBER: _builtins.int
+    SCORE_FIELD_NUMBER: _builtins.int
+    CHANCE_FIELD_NUMBER: _builtins.int
     worker_id: _builtins.int
     """The worker."""
     dp_rank: _builtins.int
@@ -206,6 +216,28 @@ class Candidate(_message.Message):
     """Its cost; the lowest wins. Absent when the target was not eligible."""
     dropped: _builtins.str
     """Why the target was not eligible; empty when it was."""
+    freshness: _builtins.float
+    """Trust in its overlap, 0 to 1."""
+    active_requests: _builtins.int
+    """Requests it had in flight, foreign ones too, here and below."""
+    waiting_requests: _builtins.int
+    """Of those, without a first token."""
+    queued_prefill_tokens: _builtins.int
+    """Prompt tokens that waited there."""
+    active_blocks: _builtins.int
+    """Distinct blocks that its requests pinned."""
+    total_blocks: _builtins.int
+    """Blocks its device cache has room for; 0 when not known."""
+    in_flight_blocks: _builtins.int
+    """Leading blocks of the prompt that its requests in flight pinned."""
+    preference: _builtins.float
+    """Sum of the request's preferences for its taints; it scales the terms."""
+    score: _builtins.float
+    """What the mode compares, the lowest wins: the cost in mode `kv`, requests in flight in `least-loaded`, and so on.
+    Absent when the mode passed it over.
+    """
+    chance: _builtins.float
+    """How likely it was to be picked: 1 without a tie and without a temperature."""
     @_builtins.property
     def overlap(self) -> Global___Overlap:
         """What it holds of the prompt."""
@@ -224,14 +256,29 @@ class Candidate(_message.Message):
         cost: _builtins.float | None = ...,
         terms: _abc.Iterable[Global___CostTerm] | None = ...,
         dropped: _builtins.str = ...,
+        freshness: _builtins.float = ...,
+        active_requests: _builtins.int = ...,
+        waiting_requests: _builtins.int = ...,
+        queued_prefill_tokens: _builtins.int = ...,
+        active_blocks: _builtins.int = ...,
+        total_blocks: _builtins.int = ...,
+        in_flight_blocks: _builtins.int = ...,
+        preference: _builtins.float = ...,
+        score: _builtins.float | None = ...,
+        chance: _builtins.float = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_cost", b"_cost", "cost", b"cost", "overlap", b"overlap"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_cost", b"_cost", "_score", b"_score", "cost", b"cost", "overlap", b"overlap", "score", b"score"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_cost", b"_cost", "cost", b"cost", "dp_rank", b"dp_rank", "dropped", b"dropped", "overlap", b"overlap", "terms", b"terms", "worker_id", b"worker_id", "worker_name", b"worker_name"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_cost", b"_cost", "_score", b"_score", "active_blocks", b"active_blocks", "active_requests", b"active_requests", "chance", b"chance", "cost", b"cost", "dp_rank", b"dp_rank", "dropped", b"dropped", "freshness", b"freshness", "in_flight_blocks", b"in_flight_blocks", "overlap", b"overlap", "preference", b"preference", "queued_prefill_tokens", b"queued_prefill_tokens", "score", b"score", "terms", b"terms", "total_blocks", b"total_blocks", "waiting_requests", b"waiting_requests", "worker_id", b"worker_id", "worker_name", b"worker_name"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__cost: _TypeAlias = _typing.Literal["cost"]  # noqa: Y015
     _WhichOneofArgType__cost: _TypeAlias = _typing.Literal["_cost", b"_cost"]  # noqa: Y015
+    _WhichOneofReturnType__score: _TypeAlias = _typing.Literal["score"]  # noqa: Y015
+    _WhichOneofArgType__score: _TypeAlias = _typing.Literal["_score", b"_score"]  # noqa: Y015
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__cost) -> _WhichOneofReturnType__cost | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__score) -> _WhichOneofReturnType__score | None: ...
 
 Global___Candidate: _TypeAlias = Candidate  # noqa: Y015
 

@@ -1,0 +1,1 @@
+"""The commands that show why requests go where they go."""
