@@ -15,6 +15,7 @@ import zmq.asyncio
 
 from kvrouter_grpc.config import Config, DecisionsConfig
 from kvrouter_grpc.core import DecisionLog
+from kvrouter_grpc.decisions.writer import DecisionWriter
 from kvrouter_grpc.discovery.fleet import Fleet
 from kvrouter_grpc.observability.logging import configure_logging
 from kvrouter_grpc.observability.metrics import MetricsServer, RouterCollector
@@ -90,6 +91,7 @@ class App:
                 for spec in config.workers:
                     fleet.configure(spec)
                 keeper = SnapshotKeeper(self.routers, config.router)
+                decisions = DecisionWriter(self.routers, config.decisions)
                 relay = Relay(fleet.client, config.upstream, fleet.suspect, self._prefill_legs(fleet))
                 server = GrpcServer(config.server, self.routers, relay, fleet)
                 metrics = MetricsServer(config.server, RouterCollector(self.routers, fleet))
@@ -98,6 +100,7 @@ class App:
                     tasks = [
                         group.create_task(fleet.run(), name="fleet"),
                         group.create_task(keeper.run(), name="snapshots"),
+                        group.create_task(decisions.run(), name="decision log"),
                         group.create_task(self._follow_readiness(server, fleet), name="readiness"),
                     ]
                     try:
@@ -107,6 +110,7 @@ class App:
                         await self._stop.wait()
                         await self._drain(server)
                         await keeper.write()
+                        await decisions.flush()
                     finally:
                         await server.stop(0)
                         await metrics.stop()

@@ -149,6 +149,11 @@ class _Group(click.Group):
             "explain_command",
             "Ask a running router why requests go where they go.",
         ),
+        "replay": (
+            "kvrouter_grpc.explain.replay_command",
+            "replay_command",
+            "Take recorded decisions once more under other settings.",
+        ),
     }
 
     def list_commands(self, ctx: click.Context) -> list[str]:

@@ -3,11 +3,12 @@
 import asyncio
 import json
 import sys
+from collections import Counter
 
 import grpc
 import pytest
 
-from integration.stack import ENDPOINT, Stack, admin_pb2, router_pb2, running
+from integration.stack import ENDPOINT, Stack, admin_pb2, router_pb2, running, until
 from kvrouter_grpc.routing.workers import worker_id_of
 from programs import environment
 
@@ -163,3 +164,24 @@ async def test_the_command_shows_what_the_rpc_says() -> None:
         assert (code, "NOT_FOUND" in err) == (1, True)
         code, _, err = await command(stack, "--tokens", "1,x")
         assert (code, "--tokens must be token ids" in err) == (64, True)
+
+
+async def test_decisions_are_written_while_they_are_taken_and_replayed(tmp_path) -> None:
+    log = tmp_path / "decisions.jsonl"
+    async with running("a", "b", decisions={"log_file": str(log)}) as stack:
+        await stack.on("b", PROMPT)
+        await until(lambda: log.exists() and log.read_text().count("\n") == 2)  # settings, decision
+        for number in range(20):
+            asked = router_pb2.BestWorkerIdRequest(token_ids=[*PROMPT[: 16 * (number % 4)], 1], request_id=f"r{number}")
+            await stack.stub.BestWorkerId(asked)
+        picks = {each.request_id: each.worker_name for each in await explain(stack, recent=100)}
+    # What was taken last was written when the router stopped.
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "kvrouter_grpc", "replay", str(log), "--json"),
+        stdout=asyncio.subprocess.PIPE,
+        env=environment(),
+    )
+    out, _ = await process.communicate()
+    told = json.loads(out)
+    assert (told["decisions"], told["changed"], told["unlike"], told["lost"], told["unreadable"]) == (21, 0, 0, 0, 0)
+    assert {each["worker"]: each["before"] for each in told["workers"]} == dict(Counter(picks.values()))

@@ -109,6 +109,9 @@ def test_every_recipe_works_in_the_order_of_the_page(running: Fleet) -> None:
     assert [each["workerName"] for each in answers["GetLoads"][0][0]["loads"]] == ["w0", "w1"]
     assert answers["SetThresholds"] == [[{}]]
     assert answers["GetThresholds"][0][0]["endpoints"][0]["thresholds"] == {"activeDecodeBlocks": 0.95}
+    (last,), (asked,) = answers["Explain"]
+    assert {each["workerName"] for each in (last["decisions"][0], asked["decisions"][0])} <= running.workers.keys()
+    assert answers["StreamSnapshot"][0][0]["data"]
     assert answers["Check"] == [[{"status": "SERVING"}]]
 
 

@@ -150,6 +150,7 @@ def test_help_of_the_program_lists_all_commands_without_loading_them() -> None:
         "demo",
         "explain",
         "mock-worker",
+        "replay",
         "serve",
         "version",
     ]

@@ -1,5 +1,6 @@
-"""One decision as people read it."""
+"""Decisions as people read them."""
 
+from collections.abc import Iterator
 from datetime import datetime
 
 from rich import box
@@ -8,6 +9,8 @@ from rich.table import Table
 from rich.text import Text
 
 from kvrouter_grpc._gen import admin_pb2, common_pb2
+from kvrouter_grpc.decisions.reader import Faults
+from kvrouter_grpc.decisions.replay import Outcome
 
 
 def explanation(decision: admin_pb2.Explanation) -> RenderableType:
@@ -78,3 +81,53 @@ def _overlap(overlap: common_pb2.Overlap) -> str:
 
 def _name(name: str, rank: int) -> str:
     return f"{name} rank {rank}" if rank else name
+
+
+def outcome(result: Outcome, faults: Faults) -> RenderableType:
+    """What came of a replay."""
+    return Group(*_summary(result, faults), _shares(result), *_differences(result))
+
+
+def _summary(result: Outcome, faults: Faults) -> Iterator[Text]:
+    total = result.decisions
+    yield Text.assemble(
+        (f"{result.changed} of {total} decisions", "bold"), f" ({result.changed / total:.1%}) would be other ones"
+    )
+    yield Text(
+        f"tokens not cached where they went: {result.before_new_tokens} of {result.prompt_tokens}; "
+        f"they would be {result.after_new_tokens} ({result.after_new_tokens - result.before_new_tokens:+d})"
+    )
+    for count, what in (
+        (result.unlike, "decisions are not what the settings of that time lead to: another version took them"),
+        (result.lost, "decisions were taken faster than they were written, and are missing"),
+        (result.skipped, "decisions come before the settings of their endpoint, and were passed over"),
+        (faults.count, "lines cannot be read, and were passed over"),
+    ):
+        if count:
+            yield Text(f"{count} {what}", "yellow")
+    for told in faults.told:
+        yield Text(f"  {told}", "dim")
+
+
+def _shares(result: Outcome) -> RenderableType:
+    table = Table("endpoint", "worker", header_style="bold", box=box.SIMPLE)
+    for column in ("picked", "", "would be", ""):
+        table.add_column(column, justify="right")
+    for endpoint, worker in sorted(result.before | result.after):
+        before, after = result.before[endpoint, worker], result.after[endpoint, worker]
+        shares = f"{before / result.decisions:.1%}", f"{after / result.decisions:.1%}"
+        table.add_row(endpoint, worker, str(before), shares[0], str(after), shares[1])
+    return table
+
+
+def _differences(result: Outcome) -> Iterator[RenderableType]:
+    if not result.differences:
+        return
+    table = Table(header_style="bold", box=box.SIMPLE, title="Differing decisions", title_justify="left")
+    for column in ("at", "request", "went to", "would go to", "not cached there", "would be"):
+        table.add_column(column)
+    for each in result.differences:
+        at = datetime.fromtimestamp(each.at).astimezone()
+        new = str(each.before_new_tokens), str(each.after_new_tokens)
+        table.add_row(f"{at:%Y-%m-%d %H:%M:%S.%f}", each.request_id, each.before, each.after, *new)
+    yield table
