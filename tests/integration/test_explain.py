@@ -185,3 +185,19 @@ async def test_decisions_are_written_while_they_are_taken_and_replayed(tmp_path)
     told = json.loads(out)
     assert (told["decisions"], told["changed"], told["unlike"], told["lost"], told["unreadable"]) == (21, 0, 0, 0, 0)
     assert {each["worker"]: each["before"] for each in told["workers"]} == dict(Counter(picks.values()))
+
+
+async def test_workers_above_a_threshold_are_left_out_for_that_reason() -> None:
+    async with running("a", "b") as stack:
+        booked = router_pb2.BestWorkerIdRequest(token_ids=PROMPT, request_id="1", reserve=True)
+        busy = (await stack.stub.BestWorkerId(booked)).worker_name
+        limit = admin_pb2.Thresholds(active_prefill_tokens=10)
+        await stack.admin.SetThresholds(admin_pb2.SetThresholdsRequest(thresholds=limit))
+        for request in (
+            router_pb2.BestWorkerIdRequest(token_ids=PROMPT, request_id="2"),
+            router_pb2.BestWorkerIdRequest(token_ids=PROMPT, request_id="3", include_candidates=True),
+        ):
+            await stack.stub.BestWorkerId(request)
+            (told,) = await explain(stack, request_id=request.request_id)
+            assert told.reason == "the only one that may take it"
+            assert (told.candidates[1].worker_name, told.candidates[1].dropped[:10]) == (busy, "overloaded")
