@@ -540,6 +540,7 @@ class TestProbes:
                 kv_events=True,
                 process_start_time=1.79516260877e9,
                 version="0.32.0",
+                prefix_caching=True,
             )
 
     async def test_facts_of_an_old_server(self) -> None:

@@ -11,7 +11,7 @@ from kvrouter_grpc.types import StreamState, WorkerSpec, WorkerState
 
 def told(status: StreamStatus, hits: HitPrediction | None = None):
     evidence = status.evidence(100.0, blocks=30, orphans=10, accuracy=1.0)
-    stream = StreamView(0, status, evidence, hits or HitPrediction(), 30, 10)
+    stream = StreamView(0, status, evidence, hits or HitPrediction(), 30, 10, 0, 0)
     spec = WorkerSpec("a", "http://a:1", "x.y.z")
     return worker_status(WorkerView(1, spec, WorkerState.READY, "", None, (stream,), None)).streams[0]
 

@@ -197,6 +197,8 @@ class StreamStatus:
     behind: int  # messages published and not applied yet
     resyncs: int  # times the picture was begun anew because it had foretold wrongly
     hits: HitPrediction
+    orphans_adopted: int  # blocks whose parent appeared after them
+    orphans_dropped: int  # blocks given up because too many waited
 
     @classmethod
     def from_proto(cls, message: admin_pb2.StreamStatus) -> "StreamStatus":
@@ -224,6 +226,8 @@ class StreamStatus:
             behind=message.behind,
             resyncs=message.resyncs,
             hits=HitPrediction.from_proto(message.hits),
+            orphans_adopted=message.orphans_adopted,
+            orphans_dropped=message.orphans_dropped,
         )
 
 

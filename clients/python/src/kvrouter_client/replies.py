@@ -50,6 +50,16 @@ class Candidate:
     cost: float | None  # the lowest wins; None when the target was not eligible
     terms: Mapping[str, float]  # name of a cost term to its contribution
     dropped: str  # why it was not eligible; empty when it was
+    freshness: float  # trust in its overlap, 0 to 1
+    active_requests: int  # that it had in flight, foreign ones too, here and below
+    waiting_requests: int  # of those, without a first token
+    queued_prefill_tokens: int
+    active_blocks: int  # distinct blocks that its requests pinned
+    total_blocks: int  # that its device cache has room for; 0 when not known
+    in_flight_blocks: int  # leading blocks of the prompt that its requests in flight pinned
+    preference: float  # sum of the request's preferences for its taints; it scales the terms
+    score: float | None  # what the mode compares, the lowest wins; None when the mode passed it over
+    chance: float  # how likely it was to be picked
 
     @classmethod
     def from_proto(cls, message: common_pb2.Candidate) -> "Candidate":
@@ -62,6 +72,16 @@ class Candidate:
             cost=message.cost if message.HasField("cost") else None,
             terms={term.name: term.value for term in message.terms},
             dropped=message.dropped,
+            freshness=message.freshness,
+            active_requests=message.active_requests,
+            waiting_requests=message.waiting_requests,
+            queued_prefill_tokens=message.queued_prefill_tokens,
+            active_blocks=message.active_blocks,
+            total_blocks=message.total_blocks,
+            in_flight_blocks=message.in_flight_blocks,
+            preference=message.preference,
+            score=message.score if message.HasField("score") else None,
+            chance=message.chance,
         )
 
 
