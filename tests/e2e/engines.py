@@ -31,6 +31,7 @@ VOCABULARY = 512
 MAX_MODEL_LEN = 1024
 START_TIMEOUT_S = 100.0
 REPLAY_TIMEOUT_S = 10.0
+REPLAY_ATTEMPTS = 3
 
 _port_random = random.Random(os.getpid())
 _ports_given: set[int] = set()
@@ -335,8 +336,15 @@ class Engine:
 
 async def _last_replayed(dealer: zmq.asyncio.Socket, after: int) -> int:
     """The last sequence number that a replay from `after + 1` brings, or `after`."""
-    await dealer.send_multipart([b"", (after + 1).to_bytes(8)])
-    async with asyncio.timeout(REPLAY_TIMEOUT_S):
-        while (frames := await dealer.recv_multipart())[-1]:  # an empty payload ends the answer
-            after = max(after, int.from_bytes(frames[-2]))
+    for attempt in range(REPLAY_ATTEMPTS):
+        await dealer.send_multipart([b"", (after + 1).to_bytes(8)])
+        try:
+            async with asyncio.timeout(REPLAY_TIMEOUT_S):
+                while (frames := await dealer.recv_multipart())[-1]:  # an empty payload ends the answer
+                    after = max(after, int.from_bytes(frames[-2]))
+        except TimeoutError:  # the engine drops what does not fit its queue, the end of an answer too
+            if attempt + 1 == REPLAY_ATTEMPTS:
+                raise
+        else:
+            break
     return after

@@ -229,13 +229,14 @@ class Router:
         return RoutingHints(worker_id=(await self.worker(engine)).worker_id, dp_rank=dp_rank)
 
     async def booked(self) -> tuple[int, int, int]:
-        """Requests, queued prefill tokens and blocks booked, over all workers."""
-        loads = [each.load for each in (await self.admin.get_loads()).loads]
-        return (
-            sum(load.active_requests for load in loads),
-            sum(load.queued_prefill_tokens for load in loads),
-            sum(load.active_blocks for load in loads),
-        )
+        """Requests, queued prefill tokens and blocks booked, over all workers; what others sent there is left out."""
+        booked = [0, 0, 0]
+        for each in (await self.admin.get_loads()).loads:
+            booked[0] += each.load.active_requests - (each.foreign.requests if each.foreign else 0)
+            booked[1] += each.load.queued_prefill_tokens - (each.foreign.prefill_tokens if each.foreign else 0)
+            booked[2] += each.load.active_blocks - (each.foreign.blocks if each.foreign else 0)
+        requests, prefill_tokens, blocks = booked
+        return requests, prefill_tokens, blocks
 
     async def settle(self, *engines: Engine) -> None:
         """Wait until the router has applied all that these engines (or all of them) have published so far."""

@@ -82,7 +82,6 @@ async def test_an_engine_restarts_behind_a_bad_network() -> None:
             fleet.calm()
         await fleet.exact(SOON_S)
         assert (await fleet.streams())[wire.name].restarts >= 1
-        assert fleet.failures > 0
 
 
 async def test_a_subscriber_that_was_cut_off_is_exact_again() -> None:
