@@ -16,6 +16,7 @@ import math
 import re
 from array import array
 from collections.abc import Mapping, Sequence
+from typing import Annotated
 
 import msgspec
 import xxhash
@@ -101,6 +102,11 @@ _UNREADABLE = (msgspec.MsgspecError, ValueError, TypeError, OverflowError, Recur
 
 _Hash = int | bytes
 
+# The ranges are told to the parser, which then looks at a field as often as it is said, as the compiled one does.
+_Token = Annotated[int, msgspec.Meta(ge=0, lt=1 << 32)]
+_BlockSize = Annotated[int, msgspec.Meta(ge=0, le=LARGEST_BLOCK)]
+_Group = Annotated[int, msgspec.Meta(ge=0, lt=GROUPS)]
+
 
 class _Batch(msgspec.Struct, array_like=True):
     ts: float
@@ -115,13 +121,13 @@ class _BatchMap(_Batch, array_like=False):
 class _Stored(msgspec.Struct, array_like=True, tag="BlockStored"):
     block_hashes: list[_Hash]
     parent_block_hash: _Hash | None = None
-    token_ids: list[int] | None = None
-    block_size: int | None = None
+    token_ids: list[_Token] | None = None
+    block_size: _BlockSize | None = None
     lora_id: int | None = None
     medium: str | None = None
     lora_name: str | None = None
     extra_keys: msgspec.Raw = msgspec.Raw()
-    group_idx: int | None = None
+    group_idx: _Group | None = None
     kv_cache_spec_kind: str | None = None
     kv_cache_spec_sliding_window: int | None = None
     locality: str | None = None
@@ -134,7 +140,7 @@ class _StoredMap(_Stored, array_like=False, tag_field="type", tag="BlockStored")
 class _Removed(msgspec.Struct, array_like=True, tag="BlockRemoved"):
     block_hashes: list[_Hash]
     medium: str | None = None
-    group_idx: int | None = None
+    group_idx: _Group | None = None
     locality: str | None = None
 
 
