@@ -19,8 +19,8 @@ DEBUG = os.environ.get("KVROUTER_DEBUG") == "1"
 SANITIZE = os.environ.get("KVROUTER_SANITIZE") == "1"
 
 # Not -O3: in every module (hashes, decisions, events, requests) it changes CPU time by -2 to +3.5 % and instructions by
-# -5 to +1 %, for a fifth more code; and between two calls gRPC throws our code out of the caches. Where vector code pays, the
-# function asks for it: see core/token_ids.pyx.
+# -5 to +1 %, for a fifth more code; and between two calls gRPC throws our code out of the caches. Where vector code
+# pays, the function asks for it: see core/token_ids.pyx.
 compile_args = ["-O2", "-Wall", "-Wextra", "-Wno-unused-parameter", "-Wno-missing-field-initializers", "-std=c11"]
 link_args: list[str] = []
 macros: list[tuple[str, str | None]] = [("XXH_INLINE_ALL", None)]
