@@ -226,6 +226,10 @@ def test_configuration_listens_where_the_pod_is_asked() -> None:
         assert container(ROUTER)[probe]["grpc"] == {"port": int(port), "service": service}
 
 
+def test_metrics_are_served_where_the_pod_says() -> None:
+    assert CONFIG.server.metrics_port == ports(ROUTER)["metrics"]
+
+
 def test_administration_is_not_reachable_from_the_network() -> None:
     assert CONFIG.server.admin_listen is not None
     host, _, port = CONFIG.server.admin_listen.rpartition(":")
