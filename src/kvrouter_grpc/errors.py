@@ -187,10 +187,16 @@ class QueueTimeoutError(OverloadedError):
 
 
 class UpstreamError(RouterError):
-    """The engine failed. `before_first_token` says whether another worker may still be tried."""
+    """The engine failed.
+
+    Attributes:
+        before_first_token: Whether another worker may still be tried.
+        had_request: Whether the engine failed with the request in its hands, which may be why.
+    """
 
     reason = "UPSTREAM_FAILED"
     before_first_token = False
+    had_request = False
 
 
 class UpstreamUnavailableError(UpstreamError):

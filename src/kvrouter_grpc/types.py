@@ -216,6 +216,7 @@ class Explanation:
     block_size: int
     output_tokens: int
     candidates: tuple[Candidate, ...]  # cheapest first, those that were not eligible last
+    prefilled: bool  # another worker computed the prompt: it was for decoding only
 
 
 @dataclass(slots=True)
@@ -269,6 +270,12 @@ class EngineRequest:
         """
         params, fetches = self.params, self.kv_transfer_params is not None and not self._remote_decode
         return params.get("n", 1) == 1 and params.get("prompt_logprobs") is None and not fetches
+
+    @property
+    def prefilled(self) -> bool:
+        """Whether its prompt was computed by another engine, from which its blocks are fetched."""
+        params = self.kv_transfer_params
+        return isinstance(params, dict) and bool(params.get("do_remote_prefill"))
 
     @property
     def _remote_decode(self) -> bool:

@@ -176,6 +176,7 @@ async def test_the_server_survives_them_all():
             "/kvrouter.v1.KvRouter/BestWorkerId": router_pb2.BestWorkerIdRequest,
             "/kvrouter.v1.KvRouter/GetOverlapScores": router_pb2.GetOverlapScoresRequest,
             "/kvrouter.v1.KvRouter/MarkPrefillComplete": router_pb2.MarkPrefillCompleteRequest,
+            "/kvrouter.v1.KvRouter/ReportOutput": router_pb2.ReportOutputRequest,
             "/kvrouter.v1.KvRouter/Free": router_pb2.FreeRequest,
             "/kvrouter.v1.KvRouterAdmin/ListWorkers": admin_pb2.ListWorkersRequest,
             "/kvrouter.v1.KvRouterAdmin/GetLoads": admin_pb2.GetLoadsRequest,

@@ -11,6 +11,7 @@ import grpc
 import pytest
 
 from kvrouter_client import (
+    BestWorkerIdRequest,
     FinishReason,
     GenerateChunk,
     GenerateStream,
@@ -232,6 +233,36 @@ async def test_candidates_explain_the_choice(fast: Fleet, router: KvRouterClient
     assert dropped.dropped
 
 
+async def test_decision_for_decoding_alone_has_its_own_cost(router: KvRouterClient) -> None:
+    choice = await router.best_worker_id(prompt(12), prefilled=True, include_candidates=True)
+    assert set(choice.candidates[0].terms) == {"prefill", "decode", "active_requests"}
+
+
+async def test_reasons_are_told(router: KvRouterClient, admin: KvRouterAdminClient) -> None:
+    choice = await router.best_worker_id(prompt(16), include_candidates=True)
+    told = await admin.explain(prompt(16))
+    assert (told.prompt_tokens, told.block_size, told.mode, told.prefilled) == (len(prompt(16)), BLOCK, "kv", False)
+    assert {each.worker_name for each in told.candidates} == {each.worker_name for each in choice.candidates}
+    request = BestWorkerIdRequest(token_ids=prompt(16), prefilled=True)
+    assert (await admin.explain(request)).prefilled
+
+    answer = [chunk async for chunk in router.generate(prompt(17), max_tokens=1, request_id="told-later")]
+    assert answer[0].routing is not None
+    (why,) = await admin.decisions("told-later")
+    assert (why.request_id, why.worker_id) == ("told-later", answer[0].routing.worker_id)
+    assert abs(why.decided_at.timestamp() - time.time()) < 60
+    assert why == (await admin.decisions())[0]
+    assert len(await admin.decisions(recent=2, endpoint=ENDPOINT)) == 2
+    with pytest.raises(KvRouterError, match="UNKNOWN_DECISION"):
+        await admin.decisions("never-heard-of")
+
+
+async def test_snapshot_is_streamed(router: KvRouterClient, admin: KvRouterAdminClient) -> None:
+    assert b"".join([piece async for piece in admin.stream_snapshot()])
+    with pytest.raises(KvRouterError, match="UNKNOWN_ENDPOINT"):
+        await anext(admin.stream_snapshot("no.such.endpoint"))
+
+
 async def test_override_changes_the_cost(router: KvRouterClient) -> None:
     override = RouterConfigOverride(cost="dynamo")
     choice = await router.best_worker_id(prompt(12), router_config_override=override, include_candidates=True)
@@ -297,6 +328,16 @@ async def test_reservation_lasts_as_long_as_its_block(router: KvRouterClient, ad
         await reservation.mark_prefill_complete()
         assert await booked(admin) == (1, 0)
     assert await booked(admin) == (0, 0)
+
+
+async def test_reservation_reports_its_output(router: KvRouterClient, admin: KvRouterAdminClient) -> None:
+    async with router.reserve(prompt(23), prefilled=True) as reservation:
+        assert await booked(admin) == (1, 0)  # its prompt is computed elsewhere
+        await reservation.report_output(16)
+        with pytest.raises(KvRouterError, match="output_tokens"):
+            await reservation.report_output(0)
+    with pytest.raises(KvRouterError, match="UNKNOWN_RESERVATION"):
+        await reservation.report_output(32)
 
 
 async def test_reservation_is_freed_when_its_block_fails(router: KvRouterClient, admin: KvRouterAdminClient) -> None:

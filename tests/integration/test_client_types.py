@@ -1,6 +1,8 @@
 """The client's types and the contract: no field and no enum value of the messages is forgotten."""
 
 import dataclasses
+import inspect
+import re
 from enum import StrEnum
 from typing import Any
 
@@ -53,6 +55,7 @@ PAIRS: list[tuple[type[Any], type[Message], dict[str, str]]] = [
     (fleet.Thresholds, admin_pb2.Thresholds, {}),
     (fleet.ForeignLoad, admin_pb2.ForeignLoad, {}),
     (fleet.IndexStats, admin_pb2.IndexStats, {}),
+    (client.Explanation, admin_pb2.Explanation, {}),
 ]
 
 
@@ -105,6 +108,35 @@ def test_fields_left_out_stay_left_out() -> None:
     assert not message.HasField("dp_size")
     assert not message.HasField("kv_events")
     assert client.WorkerSpec.from_proto(message) == client.WorkerSpec(url="http://w:8000")
+
+
+RESERVATION = {"MarkPrefillComplete", "ReportOutput", "Free"}
+NAMED = {"Explain": ("explain", "decisions"), "Free": ("__aexit__",)}
+
+
+@pytest.mark.parametrize(
+    ("service", "kind"),
+    [
+        (router_pb2.DESCRIPTOR.services_by_name["KvRouter"], client.KvRouterClient),
+        (admin_pb2.DESCRIPTOR.services_by_name["KvRouterAdmin"], client.KvRouterAdminClient),
+    ],
+    ids=lambda value: getattr(value, "name", ""),
+)
+def test_every_rpc_has_its_method(service: Any, kind: type[Any]) -> None:
+    for rpc in service.methods:
+        snake = re.sub("(?<=[a-z])(?=[A-Z])", "_", rpc.name).lower()
+        owner = client.Reservation if rpc.name in RESERVATION else kind
+        for name in NAMED.get(rpc.name, (snake,)):
+            assert callable(getattr(owner, name, None)), f"{owner.__name__} has no {name}"
+
+
+def test_methods_that_ask_take_all_that_a_request_says() -> None:
+    fields = {field.name for field in router_pb2.BestWorkerIdRequest.DESCRIPTOR.fields}
+    fields -= {"token_ids", "text", "reserve", "request_id", "ttl"}
+    for method in (client.KvRouterClient.best_worker_id, client.KvRouterClient.reserve):
+        assert fields <= inspect.signature(method).parameters.keys()
+    fields = {field.name.removesuffix("_json") for field in router_pb2.GenerateRequest.DESCRIPTOR.fields}
+    assert fields - {"token_ids", "text"} <= inspect.signature(client.KvRouterClient.generate).parameters.keys()
 
 
 def test_every_public_name_exists() -> None:

@@ -29,7 +29,8 @@ async def pools(
     """d0, d1, ... generate and have their prompts computed by p0, p1, ..."""
     names = [f"d{i}" for i in range(decode)] + [f"p{i}" for i in range(prefill)]
     workers = {name: (engines or {}).get(name, ENGINE) for name in names}
-    specs = {name: {"endpoint": POOL} for name in names if name.startswith("p")}
+    more = router.pop("specs", {})
+    specs = {name: {"endpoint": POOL} | more.get(name, {}) for name in names if name.startswith("p")}
     async with running(
         workers=workers,
         specs=specs,
@@ -169,6 +170,24 @@ async def test_filters_hold_for_both_phases() -> None:
         assert (routing.worker_name, routing.prefill.worker_name) == ("d1", "p1")
         _, alone = await ask(stack, routing=router_pb2.RoutingHints(allowed_worker_ids=ids[:1]))
         assert (alone.worker_name, alone.prefill.remote, alone.prefill.reason) == ("d1", False, "NO_WORKERS")
+
+
+async def test_a_caller_that_had_the_prompt_computed_is_routed_for_decoding_alone() -> None:
+    async with pools() as stack:
+        asked = router_pb2.GenerateRequest(
+            token_ids=PROMPT,
+            endpoint=POOL,
+            kv_transfer_params_json='{"do_remote_decode": true, "do_remote_prefill": false}',
+            stop_conditions=router_pb2.StopConditions(max_tokens=1),
+        )
+        computed_there = [message async for message in stack.stub.Generate(asked)]
+        params = computed_there[-1].kv_transfer_params_json
+        tokens, routing = await ask(stack, kv_transfer_params_json=params, request_id="mine")
+        assert tokens == await own_answer(stack.workers["p0"])
+        assert not routing.HasField("prefill")
+        assert await computed(stack, "d0") == 1  # its last token
+        why = await stack.admin.Explain(admin_pb2.ExplainRequest(request_id="mine"))
+        assert [(each.prefilled, each.cost, each.worker_name) for each in why.decisions] == [(True, "dynamo", "d0")]
 
 
 async def test_a_caller_with_its_own_transfer_is_left_alone() -> None:

@@ -100,7 +100,7 @@ def test_every_recipe_works_in_the_order_of_the_page(running: Fleet) -> None:
     assert [len(batch["results"]) for batch in answers["BestWorkerIdStream"][0]] == [1, 2]
 
     assert [each["workerName"] for each in answers["GetOverlapScores"][0][0]["workers"]]
-    assert answers["MarkPrefillComplete"] == answers["Free"] == [[{}]]
+    assert answers["MarkPrefillComplete"] == answers["ReportOutput"] == answers["Free"] == [[{}]]
     assert [each["spec"]["name"] for each in answers["ListWorkers"][0][0]["workers"]] == ["w0", "w1"]
     assert "workerId" in answers["RegisterWorker"][0][0]
     assert answers["RenewWorker"] == [[{"ttl": "60s"}]]

@@ -6,7 +6,7 @@ import grpc
 import pytest
 
 from integration.server_rig import ENDPOINT, FAST, Worker, refusal, serving, taken_apart
-from kvrouter_grpc._gen import router_pb2
+from kvrouter_grpc._gen import admin_pb2, router_pb2
 
 PROMPT = list(range(1000, 1040))
 
@@ -78,6 +78,80 @@ async def test_a_reservation_lives_as_long_as_was_asked():
         request.ttl.FromSeconds(20)
         reply = await rig.stub.BestWorkerId(request)
         assert 19 < reply.reservation_ttl.ToTimedelta().total_seconds() <= 20
+
+
+async def test_reported_output_is_load():
+    async with serving(Worker(), policy={"track_output_blocks": True}) as rig:
+        await rig.stub.BestWorkerId(best(reserve=True, request_id="r1"))
+        target = rig.target("w0")
+
+        async def report(tokens):
+            await rig.stub.ReportOutput(router_pb2.ReportOutputRequest(request_id="r1", output_tokens=tokens))
+            return rig.router.load(target)
+
+        # 40 tokens are two blocks and a half: eight more fill the third, which counts with the first of them.
+        assert await report(1) == (1, 0, 2)  # the prompt is computed, or there would be no token
+        assert await report(8) == (1, 0, 2)
+        assert await report(9) == (1, 0, 3)
+        assert await report(9) == (1, 0, 3)
+        assert await report(60) == (1, 0, 6)
+        assert await report(20) == (1, 0, 6)  # late, and of no use any more
+        assert await report(73) == (1, 0, 7)
+        await rig.stub.Free(router_pb2.FreeRequest(request_id="r1"))
+        assert rig.router.load(target) == (0, 0, 0)
+        gone = await refusal(rig.stub.ReportOutput(router_pb2.ReportOutputRequest(request_id="r1", output_tokens=1)))
+        assert (gone.code, gone.reason) == (grpc.StatusCode.NOT_FOUND, "UNKNOWN_RESERVATION")
+
+
+async def test_reported_output_fades_towards_its_expected_end():
+    async with serving(Worker(), policy={"track_output_blocks": True}) as rig:
+        routing = router_pb2.RoutingHints(expected_output_tokens=64)
+        await rig.stub.BestWorkerId(best(range(32), reserve=True, request_id="r1", routing=routing))
+        loads = []
+        for tokens in (16, 32, 48, 64):
+            await rig.stub.ReportOutput(router_pb2.ReportOutputRequest(request_id="r1", output_tokens=tokens))
+            loads.append(rig.router.load(rig.target("w0")).active_blocks)
+        # Two blocks of the prompt and one more each time, of which each counts 3/4, 1/2, 1/4 and 0.
+        assert loads == [2, 2, 1, 0]
+
+
+async def test_reported_output_is_no_load_unless_that_is_tracked():
+    async with serving(Worker()) as rig:
+        await rig.stub.BestWorkerId(best(reserve=True, request_id="r1"))
+        await rig.stub.ReportOutput(router_pb2.ReportOutputRequest(request_id="r1", output_tokens=500))
+        assert rig.router.load(rig.target("w0")) == (1, 0, 2)
+
+
+@pytest.mark.parametrize("way", ["one", "batch", "stream", "explained"])
+async def test_a_prompt_that_is_computed_elsewhere_is_decided_for_decoding_alone(way):
+    async with serving(Worker(), Worker(), policy={"request_weight": 0}) as rig:
+        await rig.cache("w0", PROMPT)
+        # A request on w0 whose blocks are others: decoding alone, w1 has more room, whatever is cached on w0.
+        pin = router_pb2.RoutingHints(worker_id=rig.target("w0").worker_id)
+        await rig.stub.BestWorkerId(best(range(16), reserve=True, request_id="load", routing=pin))
+        request = best(include_candidates=True)
+        for prefilled, worker, terms in ((False, "w0", 5), (True, "w1", 3)):
+            request.prefilled = prefilled
+            if way == "one":
+                reply = await rig.stub.BestWorkerId(request)
+            elif way == "batch":
+                batch = router_pb2.BestWorkerIdBatchRequest(requests=[request])
+                reply = (await rig.stub.BestWorkerIdBatch(batch)).results[0].response
+            elif way == "stream":
+                batches = iter([router_pb2.BestWorkerIdStreamRequest(requests=[request])])
+                (replies,) = [each async for each in rig.stub.BestWorkerIdStream(batches)]
+                reply = replies.results[0].response
+            else:
+                (reply,) = (await rig.admin.Explain(admin_pb2.ExplainRequest(request=request))).decisions
+                assert reply.prefilled == prefilled
+            assert (reply.worker_name, len(reply.candidates[0].terms)) == (worker, terms)
+
+
+async def test_what_is_reserved_for_decoding_alone_waits_for_no_prompt():
+    async with serving(Worker()) as rig:
+        reply = await rig.stub.BestWorkerId(best(reserve=True, request_id="r1", prefilled=True))
+        assert reply.load == router_pb2.TargetLoad(active_requests=1, active_blocks=2)
+        await rig.stub.Free(router_pb2.FreeRequest(request_id="r1"))
 
 
 async def test_an_override_changes_one_decision():

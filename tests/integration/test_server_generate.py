@@ -210,6 +210,36 @@ async def test_a_worker_that_dies_before_its_first_token_is_replaced():
         assert len(tokens_of(messages)) == 8
 
 
+async def test_a_request_that_kills_engines_kills_two_of_them_at_most():
+    async with serving(*[Worker()] * 4) as rig:
+        for engine in rig.engines.values():
+            engine.pause()
+        reading = asyncio.get_running_loop().create_task(collect(rig.stub.Generate(ask(request_id="poison"))))
+        victims = []
+        while len(victims) < 2:
+            await until(lambda: rig.running() == 1)
+            (name,) = (name for name in rig.engines if rig.router.load(rig.target(name)).active_requests)
+            rig.engines[name].fail_engine()
+            victims.append(name)
+            await until(lambda: rig.running() != 1 or reading.done() or booked_elsewhere(rig, victims))
+        refused = await refusal(reading)
+        assert (refused.code, refused.reason) == (grpc.StatusCode.UNAVAILABLE, "UPSTREAM_UNAVAILABLE")
+        assert len(set(victims)) == 2
+        assert rig.in_flight() == 0
+
+
+def booked_elsewhere(rig, victims):
+    return any(rig.router.load(rig.target(name)).active_requests for name in rig.engines if name not in victims)
+
+
+async def test_engines_that_turn_a_request_away_are_not_its_victims():
+    full = dataclasses.replace(FAST, max_num_queued_reqs=0)
+    async with serving(Worker(full), Worker(), Worker(full), policy={"mode": "round-robin"}) as rig:
+        messages = await collect(rig.stub.Generate(ask()))
+        # Each booking takes a turn among those that are left: the first, the second of two, and the one that is left.
+        assert (messages[0].routing.worker_name, messages[0].routing.attempts) == ("w1", 3)
+
+
 async def test_what_the_engine_refuses_is_the_callers_fault():
     async with serving(Worker()) as rig:
         refused = await refusal(collect(rig.stub.Generate(ask([40_000]))))

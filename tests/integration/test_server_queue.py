@@ -165,6 +165,40 @@ async def test_tenants_share_what_there_is_when_one_sends_three_times_too_much()
     assert abs(done["greedy"] - done["modest"]) <= 12  # what was under way at the start and the end is no one's turn
 
 
+async def test_a_gateway_says_who_the_tenant_is():
+    order = []
+
+    async with queueing("w0", router={"queue_tenant_metadata": "x-tenant-id"}) as stack:
+        await hold(stack)
+
+        async def ask(number, told, claimed):
+            call = stack.stub.Generate(
+                router_pb2.GenerateRequest(
+                    token_ids=words(number),
+                    routing=hints(tenant=claimed) if claimed else None,
+                    stop_conditions=router_pb2.StopConditions(max_tokens=1),
+                ),
+                metadata=[("x-tenant-id", told)] if told else None,
+            )
+            assert (await call.read()).HasField("routing")
+            order.append(number)
+            call.cancel()
+
+        async with asyncio.TaskGroup() as group:
+            # 'greedy' makes up a tenant with each request, and is one all the same.
+            for number, tenant in enumerate(("greedy", "greedy", "greedy", "modest", ""), start=1):
+                group.create_task(ask(number, tenant, f"made up {number}" if tenant != "modest" else ""))
+                await waiting(stack, number)
+            (band,) = stack.router.admission.queue._bands.values()
+            assert {name: tenant.waiting for name, tenant in band.tenants.items()} == {"greedy": 3, "modest": 1, "": 1}
+            await free(stack)
+        assert order == [1, 4, 5, 2, 3]
+        long = stack.stub.Generate(
+            router_pb2.GenerateRequest(token_ids=words(1)), metadata=[("x-tenant-id", "t" * 257)]
+        )
+        assert list((await refusal(long.read())).fields) == ["metadata x-tenant-id"]
+
+
 async def test_thresholds_refuse_at_once_and_change_at_run_time():
     async with running("w0", specs={"w0": {"max_num_batched_tokens": 1024}}) as stack:
         await hold(stack)

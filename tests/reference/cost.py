@@ -64,7 +64,8 @@ def weighted(overlap: Overlap, weights: Weights) -> float:
     return (
         overlap.device
         + weights.host_cache_hit_weight * overlap.host
-        + weights.disk_cache_hit_weight * (overlap.disk + overlap.remote)
+        + weights.disk_cache_hit_weight * overlap.disk
+        + weights.remote_cache_hit_weight * overlap.remote
     )
 
 
@@ -136,7 +137,8 @@ def _dynamo(rows: Sequence[Row], ask: Ask, weights: Weights) -> list[tuple[float
         credit = row.freshness * (
             weights.overlap_score_credit * decay * overlap.device
             + weights.host_cache_hit_weight * overlap.host
-            + weights.disk_cache_hit_weight * (overlap.disk + overlap.remote)
+            + weights.disk_cache_hit_weight * overlap.disk
+            + weights.remote_cache_hit_weight * overlap.remote
         )
         raw_prefill = 0.0
         if weights.track_prefill_tokens:

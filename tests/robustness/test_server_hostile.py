@@ -65,7 +65,8 @@ def assert_says_nothing(error: grpc.aio.AioRpcError) -> str:
 
 
 @pytest.mark.parametrize(
-    "method", ["choose", "best_worker", "lease", "overlap_scores", "free", "mark_prefill_complete", "load"]
+    "method",
+    ["choose", "best_worker", "lease", "overlap_scores", "free", "mark_prefill_complete", "report_output", "load"],
 )
 async def test_the_text_of_an_exception_stays_inside_unary_calls(method, monkeypatch):
     async with serving(Worker()) as rig:
@@ -80,6 +81,7 @@ async def test_the_text_of_an_exception_stays_inside_unary_calls(method, monkeyp
             "overlap_scores": rig.stub.GetOverlapScores(router_pb2.GetOverlapScoresRequest(token_ids=PROMPT)),
             "free": rig.stub.Free(router_pb2.FreeRequest(**named)),
             "mark_prefill_complete": rig.stub.MarkPrefillComplete(router_pb2.MarkPrefillCompleteRequest(**named)),
+            "report_output": rig.stub.ReportOutput(router_pb2.ReportOutputRequest(output_tokens=1, **named)),
             "load": rig.admin.GetLoads(admin_pb2.GetLoadsRequest()),
         }
         with pytest.raises(grpc.aio.AioRpcError) as caught:

@@ -166,6 +166,7 @@ WEIGHTS = st.builds(
     decode_active_request_weight=KNOB,
     host_cache_hit_weight=st.floats(0, 1),
     disk_cache_hit_weight=st.floats(0, 1),
+    remote_cache_hit_weight=st.floats(0, 1),
     track_active_blocks=st.booleans(),
     track_prefill_tokens=st.booleans(),
     assume_kv_reuse=st.booleans(),

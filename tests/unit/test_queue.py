@@ -4,7 +4,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from kvrouter_grpc.routing.queue import LONGEST_WAIT_S, UNKNOWN_WAIT_S, AdmissionQueue, Waiting
+from kvrouter_grpc.routing import queue as queue_module
+from kvrouter_grpc.routing.queue import LONGEST_WAIT_S, MOST_REMEMBERED, UNKNOWN_WAIT_S, AdmissionQueue, Waiting
 from reference.queue import NaiveQueue
 
 LANES = ("any", "pinned", "model")
@@ -160,6 +161,42 @@ def test_a_flood_costs_those_who_send_it():
     assert queue.push(other) == [flood[2]]
     urgent = [Waiting("", "flood", strict_priority=1) for _ in range(4)]
     assert [queue.push(entry) for entry in urgent] == [[flood[1]], [flood[0]], [other], [few]]
+
+
+def test_tenants_that_are_made_up_take_bounded_memory():
+    queue = AdmissionQueue("fcfs", 64)
+    for number in range(3 * MOST_REMEMBERED):
+        priority = number % 16
+        if number < 16:
+            queue.push(Waiting("", "stays", priority, work=1 << 30))  # so that its band does
+            queue.push(Waiting("", "first", priority, work=1))
+        entry = Waiting("", f"made up {number}", priority, work=100)
+        queue.push(entry)
+        queue.take(entry, 0.0)
+        assert len(queue) <= 32
+    bands = queue._bands.values()
+    assert len(bands) == 16
+    assert sum(len(band.finished) for band in bands) == MOST_REMEMBERED
+    assert sum(len(band.tenants) for band in bands) == len(queue)
+    for entry in served(queue, len(queue)):
+        assert entry.tenant in {"stays", "first"}
+    assert not queue._bands
+
+
+def test_turns_that_are_over_make_room_for_others(monkeypatch):
+    monkeypatch.setattr(queue_module, "MOST_REMEMBERED", 2)
+    queue = AdmissionQueue("fcfs", 64)
+    for _ in range(3):
+        queue.push(Waiting("", "stays", work=100))
+    for name in "ab":
+        queue.push(Waiting("", name, work=10))
+        queue.take(next(entry for entry in queue._waiting if entry.tenant == name), 0.0)
+    (band,) = queue._bands.values()
+    assert set(band.finished) == {"a", "b"}
+    served(queue, 2)  # of the one that stays: it is ahead of both now
+    queue.push(Waiting("", "c", work=10))
+    served(queue, 1)
+    assert set(band.finished) == {"c"}
 
 
 def test_a_wait_is_estimated_by_the_rate_at_which_requests_went():

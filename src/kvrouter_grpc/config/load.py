@@ -130,6 +130,9 @@ class _Draft:
                     f"{setting.key}={_written(value)} ({self.origins[path]}): accepted for compatibility, "
                     "no effect in this version."
                 )
+        multiplier = "router.shared_cache_multiplier"
+        if self.values.get(multiplier) is not None and self.values.get("router.shared_cache_type", "none") == "none":
+            self.warnings.append(f"{self.origins[multiplier]}: no effect without --shared-cache-type events.")
         top: dict[str, Any] = {
             "endpoints": self._endpoints(),
             "workers_file": self.values.get("workers_file"),

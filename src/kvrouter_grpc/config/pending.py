@@ -50,20 +50,6 @@ class PendingRouterConfig(Section):
         names=Names(flag="--use-remote-indexer", env=("DYN_USE_REMOTE_INDEXER",)),
     )
 
-    # The cache beyond the workers.
-    shared_cache_multiplier: float | None = setting(
-        None,
-        "Credit per block held in a cache that all workers share.",
-        ge=0,
-        le=1,
-        names=Names(flag="--shared-cache-multiplier", env=("DYN_SHARED_CACHE_MULTIPLIER",)),
-    )
-    shared_cache_type: Literal["none", "hicache"] = setting(
-        "none",
-        "Kind of the cache that all workers share.",
-        names=Names(flag="--shared-cache-type", env=("DYN_SHARED_CACHE_TYPE",)),
-    )
-
     # Prefill performance model.
     prefill_load_model: Literal["none", "aic"] = setting("none", "Model that predicts how long a prefill takes.")
     aic_backend: str | None = setting(None, "Engine of the performance model.", names=Names(flag="--aic-backend"))

@@ -25,6 +25,10 @@ def _checked_class_sizes(value: str) -> str:
 PREDICT_AHEAD_S = 2.0
 """Seconds that `predict_on_route` stands for: events arrive within a fraction of one."""
 
+SHARED_CACHE_MULTIPLIER = 0.5
+"""Worth of a block in shared storage unless `shared_cache_multiplier` says another."""
+
+METADATA_KEY = r"^[a-z0-9_.-]{1,64}$"
 OWN = Names(dynamo=False)  # settings which Dynamo does not have
 Mode = Annotated[
     Literal[
@@ -105,7 +109,7 @@ class RouterConfig(PendingRouterConfig):
     session_metadata: str = setting(
         "x-session-id",
         "Metadata key of the calls that names the session of requests whose routing.session_id is empty.",
-        pattern=r"^[a-z0-9_.-]{1,64}$",
+        pattern=METADATA_KEY,
         names=OWN,
     )
     session_load_bound: float = setting(
@@ -199,6 +203,21 @@ class RouterConfig(PendingRouterConfig):
     disk_cache_hit_weight: float = setting(
         0.25, "Worth of a block cached on disk or farther, against 1 for one on the device.", ge=0, le=1
     )
+    shared_cache_type: Literal["none", "events", "hicache"] = setting(
+        "none",
+        "Whether the workers share the remote storage of their KV cache. With events, a block that one worker's KV "
+        "events place there counts for all workers of its model; hicache means the same. With none it counts for that "
+        "worker alone.",
+        names=Names(flag="--shared-cache-type", env=("DYN_SHARED_CACHE_TYPE",)),
+    )
+    shared_cache_multiplier: float | None = setting(
+        None,
+        f"Worth of a block in shared remote storage, against 1 for one on the device; none stands for "
+        f"{SHARED_CACHE_MULTIPLIER:g}. Only with shared-cache-type.",
+        ge=0,
+        le=1,
+        names=Names(flag="--shared-cache-multiplier", env=("DYN_SHARED_CACHE_MULTIPLIER",)),
+    )
     track_active_blocks: bool = setting(
         True,
         "Count the blocks of running requests as load. Off suits prefill-only workers.",
@@ -270,6 +289,13 @@ class RouterConfig(PendingRouterConfig):
         "Most requests of one strict priority that wait, for priorities that have a bound of their own.",
         names=OWN,
     )
+    queue_tenant_metadata: str | None = setting(
+        None,
+        "Metadata key of the calls that names the tenant, where a gateway in front sets it by who the caller is: "
+        "routing.tenant is then not read. None believes routing.tenant.",
+        pattern=METADATA_KEY,
+        names=OWN,
+    )
     queue_timeout_s: float = setting(
         60.0,
         "Longest that a request waits; then it ends with RESOURCE_EXHAUSTED.",
@@ -329,6 +355,18 @@ class RouterConfig(PendingRouterConfig):
         le=100_000,
         names=Names(env=("DYN_ROUTER_MIN_INITIAL_WORKERS",), dynamo=False),
     )
+
+    @property
+    def shares_cache(self) -> bool:
+        """Whether blocks in remote storage count for all workers."""
+        return self.shared_cache_type != "none"
+
+    @property
+    def remote_cache_hit_weight(self) -> float:
+        """Worth of a block in remote storage."""
+        if not self.shares_cache:
+            return self.disk_cache_hit_weight
+        return SHARED_CACHE_MULTIPLIER if self.shared_cache_multiplier is None else self.shared_cache_multiplier
 
     @property
     def class_sizes(self) -> Mapping[int, int]:

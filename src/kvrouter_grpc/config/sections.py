@@ -221,7 +221,8 @@ class UpstreamConfig(Section):
     )
     retries: int = setting(
         2,
-        "Other workers to try when one fails before its first token; after it nothing is retried.",
+        "Other workers to try when one fails before its first token; after it nothing is retried. Only one, where two "
+        "have failed with the request in their hands: by an HTTP 500, a lost connection or silence.",
         ge=0,
         le=10,
     )

@@ -35,6 +35,8 @@ cdef struct Weights:
     double decode_active_request_weight
     double host_cache_hit_weight
     double disk_cache_hit_weight
+    double remote_cache_hit_weight
+    bint shared_cache  # what one target has in the remote tier, all have
     bint track_active_blocks
     bint track_prefill_tokens
     bint assume_kv_reuse
@@ -92,7 +94,8 @@ cdef inline double weighted_blocks(const Overlap* overlap, const Weights* weight
     cdef double blocks = overlap.tiers[0]
     if overlap.tiers[1] | overlap.tiers[2] | overlap.tiers[3]:
         blocks += weights.host_cache_hit_weight * overlap.tiers[1]
-        blocks += weights.disk_cache_hit_weight * <double>(<int64_t>overlap.tiers[2] + overlap.tiers[3])
+        blocks += weights.disk_cache_hit_weight * overlap.tiers[2]
+        blocks += weights.remote_cache_hit_weight * overlap.tiers[3]
     return blocks
 
 
@@ -183,7 +186,8 @@ cdef inline void _dynamo(
     cdef double credit = target.freshness * (
         weights.overlap_score_credit * decay * overlap.tiers[0]
         + weights.host_cache_hit_weight * overlap.tiers[1]
-        + weights.disk_cache_hit_weight * <double>(<int64_t>overlap.tiers[2] + overlap.tiers[3])
+        + weights.disk_cache_hit_weight * overlap.tiers[2]
+        + weights.remote_cache_hit_weight * overlap.tiers[3]
     )
     cdef double prefill = 0.0
     cdef double decode = 0.0

@@ -15,7 +15,7 @@ cimport cython
 from cpython cimport array as c_array
 from cpython.buffer cimport PyBUF_SIMPLE, PyBuffer_Release, PyObject_GetBuffer
 from libc.math cimport INFINITY
-from libc.stdint cimport int64_t, uint32_t, uint64_t
+from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free, realloc
 from libc.string cimport memcpy
 
@@ -29,6 +29,7 @@ from kvrouter_grpc.core.policy cimport Policy
 from kvrouter_grpc.core.question cimport Question, question_compare, question_loss
 from kvrouter_grpc.core.recording cimport Recording, record
 from kvrouter_grpc.core.regret cimport PREFIXES, Regret, regret_of, regret_set
+from kvrouter_grpc.core.shared cimport shared_mark, shared_reach
 from kvrouter_grpc.core.target_table cimport TargetTable
 from kvrouter_grpc.core.walk cimport Step, tree_match, tree_path
 
@@ -55,6 +56,10 @@ cdef class Decider:
     cdef size_t in_flight_capacity
     cdef Step* steps
     cdef size_t steps_capacity
+    cdef uint32_t* shared
+    cdef size_t shared_capacity
+    cdef uint8_t* marks  # by slot of the index
+    cdef size_t marks_capacity
     cdef double* scores  # of the rows that are asked
     cdef size_t scores_capacity
     cdef Regret* regrets  # by prefix
@@ -71,6 +76,8 @@ cdef class Decider:
         free(self.held)
         free(self.in_flight)
         free(self.steps)
+        free(self.shared)
+        free(self.marks)
         free(self.scores)
         free(self.regrets)
 
@@ -184,6 +191,7 @@ cdef class Decider:
         question.ledgers = table.ledgers
         question.found.slots = 0
         question.found.path = 0
+        question.found.shared = NULL
         _room(<void**>&self.in_flight, &self.in_flight_capacity, table.pins.tree.slot_count, sizeof(uint32_t))
         tree_match(&table.pins.tree, self.seqs, self.blocks, self.in_flight)
         question.in_flight = self.in_flight
@@ -197,6 +205,19 @@ cdef class Decider:
             _room(<void**>&self.steps, &self.steps_capacity, self.blocks, sizeof(Step))
             question.found.path = tree_path(&table.index.tree, self.seqs, self.blocks, self.steps)
             question.found.steps = self.steps
+            if question.weights.shared_cache:
+                self._share(question)
+        return 0
+
+    cdef int _share(self, Question* question) except -1:
+        # Finds what of the prompt is in storage that all targets of the model read.
+        cdef TargetTable table = self.table
+        cdef uint64_t pool = table.ledgers[question.rows[0]].pool
+        _room(<void**>&self.marks, &self.marks_capacity, question.found.slots, 1)
+        _room(<void**>&self.shared, &self.shared_capacity, self.blocks + 1, sizeof(uint32_t))
+        shared_mark(table.rows, table.ledgers, table.capacity, pool, self.marks, question.found.slots)
+        question.found.shared_blocks = shared_reach(question.found.steps, question.found.path, self.marks, self.shared)
+        question.found.shared = self.shared
         return 0
 
     # --- the choice --------------------------------------------------------------------------------------------------

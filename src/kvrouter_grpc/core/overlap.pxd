@@ -19,6 +19,8 @@ cdef struct Found:
     uint32_t slots  # entries of `held`
     const Step* steps  # the path; only needed by targets with lower tiers or several groups
     size_t path
+    const uint32_t* shared  # see `shared_reach`; NULL: no storage is shared
+    uint32_t shared_blocks  # entries of `shared`
 
 
 cdef struct Overlap:
@@ -114,3 +116,13 @@ cdef inline void overlap_of(
             if target.slots[tier] < found.slots:
                 overlap.tiers[tier] = <uint32_t>path_extend(found.steps, found.path, target.slots[tier], depth)
                 depth += overlap.tiers[tier]
+    if found.shared != NULL:
+        _overlap_of_all(found, overlap)
+
+
+cdef inline void _overlap_of_all(const Found* found, Overlap* overlap) noexcept nogil:
+    # Whoever put blocks into the remote tier, they are the target's as well.
+    cdef uint32_t depth = overlap.tiers[0] + overlap.tiers[1] + overlap.tiers[2]
+    overlap.tiers[3] = 0
+    if depth < found.shared_blocks and found.shared[depth] != 0:
+        overlap.tiers[3] = found.shared[depth] - depth

@@ -63,6 +63,8 @@ cdef class Policy:
         self.weights.decode_active_request_weight = weights.decode_active_request_weight
         self.weights.host_cache_hit_weight = weights.host_cache_hit_weight
         self.weights.disk_cache_hit_weight = weights.disk_cache_hit_weight
+        self.weights.remote_cache_hit_weight = weights.remote_cache_hit_weight
+        self.weights.shared_cache = weights.shared_cache
         self.weights.track_active_blocks = weights.track_active_blocks
         self.weights.track_prefill_tokens = weights.track_prefill_tokens
         self.weights.assume_kv_reuse = weights.assume_kv_reuse

@@ -48,6 +48,7 @@ cdef struct Ledger:
     Groups* groups  # NULL: the target has one
     uint64_t birth  # tells the targets apart that had this row one after the other
     uint64_t identity  # the same for this target in every router
+    uint64_t pool  # targets of one pool can use the same blocks: they serve one model
     int64_t batch_tokens  # that its engine computes in one step
     uint32_t foreign_requests  # the share of traffic from elsewhere in the target's load
     uint32_t foreign_waiting

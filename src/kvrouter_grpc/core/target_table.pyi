@@ -65,12 +65,13 @@ class TargetTable:
             KeyError: The row or a slot is not in use.
         """
 
-    def overlaps(self, rows: Sequence[int], seqs: Buffer) -> list[tuple[int, int, int, int]]:
+    def overlaps(self, rows: Sequence[int], seqs: Buffer, shared: bool = False) -> list[tuple[int, int, int, int]]:
         """What targets hold of a prompt, in blocks by tier, each tier going on where the one before ends.
 
         Args:
             rows: The targets.
             seqs: Sequence hashes of the prompt, u64.
+            shared: What one target has in the remote tier, all of its pool have.
 
         Raises:
             KeyError: A row is not in use.
@@ -80,7 +81,14 @@ class TargetTable:
         """How far the index is to be trusted about the target, 0..1."""
 
     def describe(
-        self, row: int, *, total_blocks: int = 0, identity: int = 0, on_cpu: bool = False, batch_tokens: int = 0
+        self,
+        row: int,
+        *,
+        total_blocks: int = 0,
+        identity: int = 0,
+        pool: int = 0,
+        on_cpu: bool = False,
+        batch_tokens: int = 0,
     ) -> None:
         """Says what a target is.
 
@@ -88,6 +96,7 @@ class TargetTable:
             row: The target.
             total_blocks: Blocks that its device cache has room for; 0 when not known.
             identity: u64 by which sessions find it, the same in every router.
+            pool: u64, the same for all that can use the same blocks: those that serve one model.
             on_cpu: Whether it is of the slower kind that mode device-aware-weighted gives less.
             batch_tokens: Tokens that its engine computes in one step; 0 when not known, then 10,000,000 are taken.
         """

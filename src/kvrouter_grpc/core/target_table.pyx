@@ -7,7 +7,7 @@ index counts nothing but what engines hold.
 
 cimport cython
 from cpython.array cimport array, clone
-from libc.stdint cimport UINT32_MAX, int64_t, uint32_t, uint64_t
+from libc.stdint cimport UINT32_MAX, int64_t, uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport free, malloc, realloc
 from libc.string cimport memset
 
@@ -15,6 +15,7 @@ from kvrouter_grpc.core.block_hash cimport as_u64
 from kvrouter_grpc.core.overlap cimport Found, Overlap, overlap_of
 from kvrouter_grpc.core.path cimport path_unshared, slot_remove_path
 from kvrouter_grpc.core.radix_tree cimport RadixTree
+from kvrouter_grpc.core.shared cimport shared_mark, shared_reach
 from kvrouter_grpc.core.slot cimport slot_store
 from kvrouter_grpc.core.target cimport (
     MOST_GROUPS,
@@ -197,12 +198,15 @@ cdef class TargetTable:
         target.grouped = groups != NULL
         self.on_path += target.lower_tiers != 0 or target.grouped
 
-    def overlaps(self, rows, const uint64_t[::1] seqs not None):
+    def overlaps(self, rows, const uint64_t[::1] seqs not None, bint shared=False):
         """What targets hold of a prompt."""
         cdef size_t count = <size_t>seqs.shape[0]
         cdef uint32_t* held = NULL
         cdef Step* steps = NULL
         cdef Overlap overlap
+        cdef uint32_t* reach = NULL
+        cdef uint8_t* marks = NULL
+        cdef uint64_t pool = 0
         cdef Target* target
         cdef Found found
         cdef uint32_t row
@@ -211,8 +215,12 @@ cdef class TargetTable:
         found.slots = self.index.tree.slot_count
         held = <uint32_t*>malloc(found.slots * sizeof(uint32_t) + 1)
         steps = <Step*>malloc(count * sizeof(Step))
+        found.shared = NULL
         try:
-            if held == NULL or steps == NULL:
+            if shared:
+                reach = <uint32_t*>malloc((count + 1) * sizeof(uint32_t))
+                marks = <uint8_t*>malloc(found.slots + 1)
+            if held == NULL or steps == NULL or shared and (reach == NULL or marks == NULL):
                 raise MemoryError
             tree_match(&self.index.tree, &seqs[0], count, held)
             found.path = tree_path(&self.index.tree, &seqs[0], count, steps)
@@ -222,12 +230,19 @@ cdef class TargetTable:
             for index in rows:
                 target = self._row(index)
                 row = index
+                if shared and (found.shared == NULL or pool != self.ledgers[row].pool):
+                    pool = self.ledgers[row].pool
+                    shared_mark(self.rows, self.ledgers, self.capacity, pool, marks, found.slots)
+                    found.shared_blocks = shared_reach(steps, found.path, marks, reach)
+                    found.shared = reach
                 overlap_of(target, self.ledgers[row].groups, &found, <uint32_t>count, &overlap)
                 answer.append((overlap.tiers[0], overlap.tiers[1], overlap.tiers[2], overlap.tiers[3]))
             return answer
         finally:
             free(held)
             free(steps)
+            free(reach)
+            free(marks)
 
     def set_freshness(self, row, double freshness):
         """How far the index is to be trusted about the target."""
@@ -235,10 +250,11 @@ cdef class TargetTable:
             raise ValueError(f"freshness must be in 0..1, not {freshness}")
         self._row(row).freshness = freshness
 
-    def describe(self, row, *, total_blocks=0, identity=0, on_cpu=False, batch_tokens=0):
+    def describe(self, row, *, total_blocks=0, identity=0, pool=0, on_cpu=False, batch_tokens=0):
         """What a target is, as far as decisions ask."""
         cdef Target* target = self._row(row)
         self.ledgers[<uint32_t>row].identity = as_u64("identity", identity)
+        self.ledgers[<uint32_t>row].pool = as_u64("pool", pool)
         self.ledgers[<uint32_t>row].batch_tokens = min(max(batch_tokens, 0), UINT32_MAX) or UNKNOWN_BATCH_TOKENS
         target.total_blocks = min(max(total_blocks, 0), UINT32_MAX)
         target.on_cpu = bool(on_cpu)

@@ -31,6 +31,8 @@ SETTINGS = frozenset(
         "decode_active_request_weight",
         "host_cache_hit_weight",
         "disk_cache_hit_weight",
+        "shared_cache_type",
+        "shared_cache_multiplier",
         "track_active_blocks",
         "track_prefill_tokens",
         "assume_kv_reuse",

@@ -26,6 +26,7 @@ WIDE = 500  # columns
 @click.option("--text", help="The same for a text, on endpoints with a tokenizer.")
 @click.option("--model", default="", help="Model or LoRA adapter of that request.")
 @click.option("--request", help="The same for any BestWorkerIdRequest, as JSON or @FILE; may have routing hints.")
+@click.option("--prefilled", is_flag=True, help="Of that request another worker computes the prompt.")
 @click.option("--json", "as_json", is_flag=True, help="Print the ExplainResponse as JSON.")
 @click.option("--timeout", default=10.0, show_default=True, type=click.FloatRange(min=0.1), help="Seconds to wait.")
 def explain_command(
@@ -37,6 +38,7 @@ def explain_command(
     text: str | None,
     model: str,
     request: str | None,
+    prefilled: bool,
     as_json: bool,
     timeout: float,
 ) -> None:
@@ -57,6 +59,7 @@ def explain_command(
         question.request.CopyFrom(_request(tokens, text, request))
         question.request.endpoint = question.request.endpoint or endpoint
         question.request.model = question.request.model or model
+        question.request.prefilled = question.request.prefilled or prefilled
     answer = _ask(address, question, timeout)
     if as_json:
         click.echo(json_format.MessageToJson(answer, preserving_proto_field_name=True))

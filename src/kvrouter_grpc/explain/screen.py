@@ -24,10 +24,11 @@ def _head(decision: admin_pb2.Explanation) -> RenderableType:
     size = decision.block_size or "unknown"
     temperature = f", temperature {decision.temperature:g}" if decision.temperature else ""
     output = f", {decision.expected_output_tokens} tokens of output" if decision.expected_output_tokens else ""
+    prefilled = ", computed by another worker" if decision.prefilled else ""
     return Text.assemble(
         (request, "bold"),
         f" at {at:%Y-%m-%d %H:%M:%S.%f} on {decision.endpoint}\n",
-        f"{decision.prompt_tokens} tokens, {decision.prompt_blocks} full blocks of {size}{output}; ",
+        f"{decision.prompt_tokens} tokens, {decision.prompt_blocks} full blocks of {size}{prefilled}{output}; ",
         f"mode {decision.mode}, cost {decision.cost}{temperature}\n",
         "went to ",
         (_name(decision.worker_name, decision.dp_rank), "bold green"),

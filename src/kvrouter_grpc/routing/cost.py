@@ -30,6 +30,8 @@ class Weights:
     decode_active_request_weight: float = 0.0
     host_cache_hit_weight: float = 0.75
     disk_cache_hit_weight: float = 0.25
+    remote_cache_hit_weight: float = 0.25
+    shared_cache: bool = False  # what one worker has in the remote tier, all have
     track_active_blocks: bool = True
     track_prefill_tokens: bool = True
     assume_kv_reuse: bool = True
@@ -40,5 +42,6 @@ def credit_blocks(overlap: Overlap, weights: Weights) -> float:
     return (
         weights.overlap_score_credit * overlap.device
         + weights.host_cache_hit_weight * overlap.host
-        + weights.disk_cache_hit_weight * (overlap.disk + overlap.remote)
+        + weights.disk_cache_hit_weight * overlap.disk
+        + weights.remote_cache_hit_weight * overlap.remote
     )

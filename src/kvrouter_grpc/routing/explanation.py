@@ -25,7 +25,8 @@ _DECIDES = {
 def explain(endpoint: str, recording: Recording) -> Explanation:
     """All that can be told of a decision."""
     policy = recording.policy
-    seat = cast("Occasion", recording.occasion).seats[recording.row(recording.picked)]
+    occasion = cast("Occasion", recording.occasion)
+    seat = occasion.seats[recording.row(recording.picked)]
     return Explanation(
         endpoint,
         recording.request_id,
@@ -41,6 +42,7 @@ def explain(endpoint: str, recording: Recording) -> Explanation:
         recording.block_size,
         recording.output_tokens,
         candidates(recording),
+        occasion.prefilled,
     )
 
 

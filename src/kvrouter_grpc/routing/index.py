@@ -360,11 +360,12 @@ class KvIndex:
         seed = seed_for(prompt.lora_name, prompt.cache_salt)
         return hash_sequence(prompt.tokens, self._tree.block_size, seed, prompt.mm_hashes or None)
 
-    def overlaps(self, seqs: "array[int]", targets: Sequence[Target]) -> list[Overlap]:
-        """What each of `targets` holds of a prompt, in their order."""
+    def overlaps(self, seqs: "array[int]", targets: Sequence[Target], *, shared: bool = False) -> list[Overlap]:
+        """What each of `targets` holds of a prompt, in their order; `shared` as in `TargetTable.overlaps`."""
         rows = [(i, view.row) for i, target in enumerate(targets) if (view := self._views.get(target)) is not None]
         found = [_NOTHING] * len(targets)
-        for (i, _), tiers in zip(rows, self.targets.overlaps([row for _, row in rows], seqs), strict=True):
+        held = self.targets.overlaps([row for _, row in rows], seqs, shared)
+        for (i, _), tiers in zip(rows, held, strict=True):
             if any(tiers):
                 found[i] = Overlap(*tiers)
         return found

@@ -113,6 +113,11 @@ class Lease:
         self.released = False
 
     @property
+    def output_tokens(self) -> int:
+        """Tokens of the answer that `generated` has counted."""
+        return self._output_tokens
+
+    @property
     def expires_in_s(self) -> float:
         """Seconds until it ends by itself."""
         return self.expires_at - self._table.clock()

@@ -39,6 +39,8 @@ class Plan:
             decode_active_request_weight=config.decode_active_request_weight,
             host_cache_hit_weight=config.host_cache_hit_weight,
             disk_cache_hit_weight=config.disk_cache_hit_weight,
+            remote_cache_hit_weight=config.remote_cache_hit_weight,
+            shared_cache=config.shares_cache,
             track_active_blocks=config.track_active_blocks,
             track_prefill_tokens=config.track_prefill_tokens,
             assume_kv_reuse=config.assume_kv_reuse,
@@ -58,6 +60,8 @@ class Plan:
             for field in ("overlap_score_credit", "prefill_load_scale", "assume_kv_reuse", "track_prefill_tokens")
             if (value := getattr(override, field)) is not None
         }
+        if self.weights.shared_cache and override.shared_cache_multiplier is not None:
+            weights["remote_cache_hit_weight"] = override.shared_cache_multiplier
         temperature = override.temperature if override.temperature is not None else self.temperature
         weights_now = replace(self.weights, **weights)
         return Plan.make(weights_now, self.knobs, override.cost or self.cost, self.mode, temperature)
@@ -73,6 +77,7 @@ class Plan:
             overlap_score_credit=0.0,
             host_cache_hit_weight=0.0,
             disk_cache_hit_weight=0.0,
+            remote_cache_hit_weight=0.0,
             track_prefill_tokens=False,
         )
         return Plan.make(weights, self.knobs, "dynamo", self.mode, self.temperature)

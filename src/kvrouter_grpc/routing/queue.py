@@ -28,7 +28,7 @@ Policy = Literal["fcfs", "lcfs", "wspt"]
 MOST_TOKENS = 1 << 26
 """Prompt tokens that may wait at an endpoint: their ids are kept meanwhile, 256 MiB of them."""
 MOST_REMEMBERED = 4096
-"""Tenants of one strict priority that have nothing waiting but are ahead of the others. Names come from requests."""
+"""Tenants that have nothing waiting but are ahead of the others, over all priorities. Names come from requests."""
 DEPARTURES = 64
 """Requests let go last, by whose rate waits are estimated."""
 SHORTEST_WAIT_S, LONGEST_WAIT_S = 0.1, 60.0
@@ -123,10 +123,11 @@ class _Band(Generic[_W]):
         """Nothing of a tenant waits any more; its turn is remembered, or it would come back as if it had had none."""
         start = self.tenants.pop(name).start
         if start > self.now:
-            if len(self.finished) >= MOST_REMEMBERED:
-                self.finished = {other: turn for other, turn in self.finished.items() if turn > self.now}
-            if len(self.finished) < MOST_REMEMBERED:
-                self.finished[name] = start
+            self.finished[name] = start
+
+    def forget(self) -> None:
+        """Forget the turns that are of no use any more: of tenants that would begin with the others."""
+        self.finished = {name: turn for name, turn in self.finished.items() if turn > self.now}
 
 
 class AdmissionQueue(Generic[_W]):
@@ -223,6 +224,10 @@ class AdmissionQueue(Generic[_W]):
         band.waiting -= 1
         if not tenant.waiting:
             band.left(entry.tenant)
+            if self._remembered() > MOST_REMEMBERED:
+                band.forget()
+                if self._remembered() > MOST_REMEMBERED:
+                    band.finished.pop(entry.tenant, None)
         if not band.waiting:
             del self._bands[entry.strict_priority]  # nobody is ahead of anybody where nobody waits
         if not self._waiting:
@@ -243,6 +248,9 @@ class AdmissionQueue(Generic[_W]):
         gone = sum(work for _, work in self._departures) - self._departures[0][1]
         wait_s = self._work * max(now - began, 1e-6) / gone
         return min(max(wait_s, SHORTEST_WAIT_S), LONGEST_WAIT_S)
+
+    def _remembered(self) -> int:
+        return sum(len(band.finished) for band in self._bands.values())
 
     def _drop(self, priority: int, newcomer: str) -> _W:
         tenants = self._bands[priority].tenants

@@ -204,6 +204,7 @@ class Roster:
                         row,
                         total_blocks=worker.spec.total_kv_blocks or 0,
                         identity=hash_bytes(b"%d/%d" % target, 0),
+                        pool=hash_bytes(_base_model(worker).encode(), 0),
                         on_cpu=CPU_TAINT in worker.spec.taints,
                         batch_tokens=worker.spec.max_num_batched_tokens or 0,
                     )
@@ -222,11 +223,16 @@ def _model_for(workers: list[Worker], wanted: str) -> str:
     if wanted:
         candidates.check_model(workers, wanted)
         return wanted
-    bases = {worker.facts.models[0] for worker in workers if worker.facts and worker.facts.models}
-    bases |= {worker.spec.models[0] for worker in workers if worker.facts is None and worker.spec.models}
+    bases = {base for worker in workers if (base := _base_model(worker))}
     if len(bases) > 1:
         raise UnknownModelError(f"model: the endpoint serves {', '.join(sorted(bases))}; name one")
     return bases.pop() if bases else ""
+
+
+def _base_model(worker: Worker) -> str:
+    """The model that a worker loaded; "" while that is not known."""
+    models = worker.spec.models if worker.facts is None else worker.facts.models
+    return models[0] if models else ""
 
 
 def _keep(kept: dict[_K, _V], key: _K, value: _V) -> None:

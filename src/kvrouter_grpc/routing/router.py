@@ -207,9 +207,10 @@ class Router:
         log = self.log if remember else None
         return self._decide(prompt, hints, plan, model, explain, exclude, prefilled, request_id, log)
 
-    def explain(self, prompt: Prompt, hints: RoutingHints, *, model: str = "") -> Explanation:
+    def explain(self, prompt: Prompt, hints: RoutingHints, *, model: str = "", prefilled: bool = False) -> Explanation:
         """Where a request would go, and why. Remembers nothing. Arguments and errors as `best_worker`."""
-        choice = self._choose(prompt, hints, self._plan_for(hints), model, True, (), False, "", None)
+        plan = self._plan_for(hints, prefilled=prefilled)
+        choice = self._choose(prompt, hints, plan, model, True, (), prefilled, "", None)
         return explanation.explain(self.endpoint, cast("Recording", choice.recording))
 
     def explained(self, recording: Recording) -> Explanation:
@@ -425,6 +426,13 @@ class Router:
         self.loads.expire()
         self.loads.lease(request_id).first_token()  # on the caller's word alone, no event is due
 
+    def report_output(self, request_id: str, tokens: int) -> None:
+        """The answer to a reserved request has so many tokens by now. Raises UnknownReservationError."""
+        self.loads.expire()
+        lease = self.loads.lease(request_id)
+        lease.first_token()
+        lease.generated(max(0, tokens - lease.output_tokens))
+
     def free(self, request_id: str) -> None:
         """A reserved request has ended. Raises UnknownReservationError."""
         self.loads.expire()
@@ -466,7 +474,7 @@ class Router:
         weights = (self._plan.changed(override) if override is not None else self._plan).weights
         pairs = sorted((target, worker.spec.name) for worker in self._roster.workers for target in worker.targets)
         seqs = self.index.sequence(prompt)
-        found = self.index.overlaps(seqs, [target for target, _ in pairs])
+        found = self.index.overlaps(seqs, [target for target, _ in pairs], shared=weights.shared_cache)
         return OverlapScores(
             self.index.block_size,
             len(seqs),

@@ -35,6 +35,7 @@ def read_hints(
     role: Callable[[], Role],
     violations: Violations,
     session_id: str = "",
+    tenant: str | None = None,
 ) -> RoutingHints:
     """Read and check the routing hints and the override of a request.
 
@@ -44,10 +45,13 @@ def read_hints(
             when there are hints.
         violations: Takes what is wrong.
         session_id: The session of a request that does not name one.
+        tenant: On whose account it waits, whatever it says; None lets it say so.
     """
     override = read_override(request, violations)
     if not request.HasField("routing"):
-        return RoutingHints(override=override, session_id=session_id) if override or session_id else NO_HINTS
+        if not (override or session_id or tenant):
+            return NO_HINTS
+        return RoutingHints(override=override, session_id=session_id, tenant=tenant or "")
     routing = request.routing
     phase = role()
     worker_id, dp_rank = _read_pin(routing, phase, violations)
@@ -66,7 +70,7 @@ def read_hints(
         expected_output_tokens=(routing.expected_output_tokens if routing.HasField("expected_output_tokens") else None),
         strict_priority=routing.strict_priority,
         priority_jump_s=_read_priority_jump(routing.priority_jump_s, violations),
-        tenant=_read_tenant(routing.tenant, violations),
+        tenant=_read_tenant("routing.tenant", routing.tenant, violations) if tenant is None else tenant,
         may_wait=not routing.do_not_queue,
         session_id=_read_session("routing.session_id", routing.session_id, violations) or session_id,
         override=override,
@@ -116,17 +120,17 @@ def read_override(
 
 
 def session_in(metadata: Iterable[tuple[str, str | bytes]], key: str, violations: Violations) -> str:
-    """The session that the metadata of a call names, "" when it names none.
+    """The session that the metadata of a call names under a key, "" when it names none."""
+    return _read_session(f"metadata {key}", _first(metadata, key), violations)
 
-    Args:
-        metadata: Of the call.
-        key: Under which it would be.
-        violations: Takes what is wrong.
-    """
-    for name, value in metadata:
-        if name == key and isinstance(value, str):
-            return _read_session(f"metadata {key}", value, violations)
-    return ""
+
+def tenant_in(metadata: Iterable[tuple[str, str | bytes]], key: str, violations: Violations) -> str:
+    """The tenant that the metadata of a call names under a key, "" when it names none."""
+    return _read_tenant(f"metadata {key}", _first(metadata, key), violations)
+
+
+def _first(metadata: Iterable[tuple[str, str | bytes]], key: str) -> str:
+    return next((value for name, value in metadata if name == key and isinstance(value, str)), "")
 
 
 def _read_session(field: str, session_id: str, violations: Violations) -> str:
@@ -135,9 +139,9 @@ def _read_session(field: str, session_id: str, violations: Violations) -> str:
     return session_id
 
 
-def _read_tenant(tenant: str, violations: Violations) -> str:
+def _read_tenant(field: str, tenant: str, violations: Violations) -> str:
     if tenant:
-        violations.check_text("routing.tenant", tenant, MAX_TENANT)
+        violations.check_text(field, tenant, MAX_TENANT)
     return tenant
 
 

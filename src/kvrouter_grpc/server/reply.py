@@ -140,6 +140,7 @@ def explanation_message(explanation: Explanation) -> admin_pb2.Explanation:
         block_size=explanation.block_size,
         expected_output_tokens=explanation.output_tokens,
         candidates=map(candidate_message, explanation.candidates),
+        prefilled=explanation.prefilled,
     )
     message.decided_at.FromNanoseconds(round(explanation.at * 1e9))
     return message

@@ -24,7 +24,7 @@ from kvrouter_grpc.server.boundary import (
     request_id_for,
 )
 from kvrouter_grpc.server.endpoints import Endpoints
-from kvrouter_grpc.server.hints import read_hints, read_override, session_in
+from kvrouter_grpc.server.hints import read_hints, read_override, session_in, tenant_in
 from kvrouter_grpc.server.incoming import Asked, AskedReader, Batch, Unreadable, batch_reader, readable, reader
 from kvrouter_grpc.server.opaque_json import read_object
 from kvrouter_grpc.server.params import read_params
@@ -37,13 +37,14 @@ from kvrouter_grpc.server.reply import (
     write_routing_data,
 )
 from kvrouter_grpc.server.tokenizer import Tokenizer
-from kvrouter_grpc.server.violations import Violations
+from kvrouter_grpc.server.violations import Bounds, Violations
 from kvrouter_grpc.types import Decision, EngineRequest, Explanation, Prompt, RoutingHints
 from kvrouter_grpc.upstream.relay import Relay
 from kvrouter_grpc.upstream.waiting import booked
 
 QUERY_ONLY = "query_instance_id"
 MAX_BATCH = 1024
+MOST_OUTPUT_TOKENS = 1 << 20
 SLICE_S = 0.001
 """How long a batch is worked on before others get their turn."""
 
@@ -100,6 +101,11 @@ class RouterService:
                 reader(router_pb2.MarkPrefillCompleteRequest.FromString),
                 router_pb2.MarkPrefillCompleteResponse.SerializeToString,
             ),
+            "ReportOutput": grpc.unary_unary_rpc_method_handler(
+                self.report_output,
+                reader(router_pb2.ReportOutputRequest.FromString),
+                router_pb2.ReportOutputResponse.SerializeToString,
+            ),
             "Free": grpc.unary_unary_rpc_method_handler(
                 self.free, reader(router_pb2.FreeRequest.FromString), router_pb2.FreeResponse.SerializeToString
             ),
@@ -122,7 +128,8 @@ class RouterService:
         violations = Violations()
         check_request_id(request.request_id, violations)
         session = self._session_of(context, router, violations)
-        hints = read_hints(request, lambda: router.role, violations, session)
+        tenant = self._tenant_of(context, router, violations)
+        hints = read_hints(request, lambda: router.role, violations, session, tenant)
         params = read_params(request, violations)
         transfer = read_object("kv_transfer_params_json", request.kv_transfer_params_json, violations)
         prompt = self._read_prompt(asked, request.model, router, violations)
@@ -201,6 +208,16 @@ class RouterService:
         router.mark_prefill_complete(request.request_id)
         return router_pb2.MarkPrefillCompleteResponse()
 
+    async def report_output(
+        self, request: router_pb2.ReportOutputRequest, _context: Context
+    ) -> router_pb2.ReportOutputResponse:
+        """Note how much of a reservation's answer there is."""
+        violations = Violations()
+        violations.check_number("output_tokens", request.output_tokens, Bounds(1, MOST_OUTPUT_TOKENS))
+        router = self._reserved_on(request, violations)
+        router.report_output(request.request_id, request.output_tokens)
+        return router_pb2.ReportOutputResponse()
+
     async def free(self, request: router_pb2.FreeRequest, _context: Context) -> router_pb2.FreeResponse:
         """End a reservation."""
         router = self._reserved_on(request)
@@ -250,12 +267,23 @@ class RouterService:
             if context is None:
                 hints = replace(hints, may_wait=False)  # it would hold up the others of its batch
             name = request.request_id
-            lease = await booked(router, name, prompt, hints, model=model, ttl_s=ttl_s, explain=explain)
+            lease = await booked(
+                router,
+                name,
+                prompt,
+                hints,
+                model=model,
+                ttl_s=ttl_s,
+                explain=explain,
+                prefilled=request.prefilled,
+            )
             decision = lease.decision
             duration.write(reply.reservation_ttl, lease.expires_in_s)
         else:
             given = request.request_id
-            decision = router.best_worker(prompt, hints, model=model, explain=explain, request_id=given)
+            decision = router.best_worker(
+                prompt, hints, model=model, explain=explain, prefilled=request.prefilled, request_id=given
+            )
         write_best_worker(reply, decision, router.load(decision.target))
         return reply.SerializeToString()
 
@@ -266,7 +294,7 @@ class RouterService:
             violations.add("request.reserve", "is set; an explanation books nothing, leave it out")
         asked = readable(self._read_best(request.SerializeToString()))
         router, prompt, hints, model = await self._question(asked, violations, None)
-        return router.explain(prompt, hints, model=model)
+        return router.explain(prompt, hints, model=model, prefilled=request.prefilled)
 
     async def _question(
         self, asked: Asked[router_pb2.BestWorkerIdRequest], violations: Violations, context: Context | None
@@ -276,7 +304,8 @@ class RouterService:
         router = self._endpoints.one(request.endpoint)
         check_request_id(request.request_id, violations)
         session = self._session_of(context, router, violations)
-        hints = read_hints(request, lambda: router.role, violations, session)
+        tenant = self._tenant_of(context, router, violations)
+        hints = read_hints(request, lambda: router.role, violations, session, tenant)
         prompt = self._read_prompt(asked, request.model, router, violations)
         if request.text:
             prompt = await self._tokenized(prompt, request.text)
@@ -340,8 +369,20 @@ class RouterService:
             return ""
         return session_in(context.invocation_metadata() or (), router.config.session_metadata, violations)
 
-    def _reserved_on(self, request: router_pb2.MarkPrefillCompleteRequest | router_pb2.FreeRequest) -> Router:
-        violations = Violations()
+    def _tenant_of(self, context: Context | None, router: Router, violations: Violations) -> str | None:
+        """The tenant that the metadata of a call names; None where each request names its own."""
+        key = router.config.queue_tenant_metadata
+        if key is None or router.admission is None:
+            return None
+        # Requests of a batch never wait, so it does not matter on whose account.
+        return tenant_in(context.invocation_metadata() or (), key, violations) if context is not None else ""
+
+    def _reserved_on(
+        self,
+        request: router_pb2.MarkPrefillCompleteRequest | router_pb2.ReportOutputRequest | router_pb2.FreeRequest,
+        violations: Violations | None = None,
+    ) -> Router:
+        violations = Violations() if violations is None else violations
         if not request.request_id:
             violations.add("request_id", "is empty; name the reservation")
         check_request_id(request.request_id, violations)

@@ -20,6 +20,7 @@ _REJECTED = frozenset({400, 413, 422})  # the request is wrong, whatever the bod
 _NOT_FOUND = 404
 _TOO_MANY_REQUESTS = 429
 _SERVER_ERROR = 500
+_TURNED_AWAY = frozenset({_TOO_MANY_REQUESTS, 503})  # the engine did not begin with the request
 
 
 def engine_error(worker: str, status: int, error: ErrorInfo | str | None, *, started: bool) -> RouterError:
@@ -44,7 +45,9 @@ def unexpected_status(worker: str, status: int) -> UpstreamError:
     """Judge an HTTP status that is not about a request: the server is busy or failing, or it is no vLLM."""
     metadata = {"worker_url": worker, "http_status": str(status)}
     if status == _TOO_MANY_REQUESTS or status >= _SERVER_ERROR:
-        return UpstreamUnavailableError("the worker's engine is busy or failing", metadata=metadata)
+        failing = UpstreamUnavailableError("the worker's engine is busy or failing", metadata=metadata)
+        failing.had_request = status not in _TURNED_AWAY
+        return failing
     failure = UpstreamError(
         "the worker gave an unexpected HTTP status: its url must be that of a vLLM OpenAI server",
         metadata=metadata,
@@ -53,17 +56,22 @@ def unexpected_status(worker: str, status: int) -> UpstreamError:
     return failure
 
 
-def lost(worker: str, *, started: bool) -> UpstreamError:
-    """The engine is gone or gave up: no connection, a cut one, an answer without its end."""
+def lost(worker: str, *, started: bool, sent: bool = True) -> UpstreamError:
+    """The engine is gone or gave up: no connection, a cut one, an answer without its end.
+
+    `sent` says whether it got the request.
+    """
     if started:
         return StreamInterruptedError(
             "the engine failed before the answer was complete; send the request again to start over",
             metadata={"worker_url": worker},
         )
-    return UpstreamUnavailableError(
+    failure = UpstreamUnavailableError(
         "the worker could not be reached, or failed before its first token",
         metadata={"worker_url": worker},
     )
+    failure.had_request = sent
+    return failure
 
 
 def malformed(worker: str, *, started: bool) -> UpstreamError:
@@ -74,12 +82,15 @@ def malformed(worker: str, *, started: bool) -> UpstreamError:
     return failure
 
 
-def timed_out(worker: str, waited_for: str, limit_s: float, *, started: bool) -> UpstreamTimeoutError:
-    """The engine was silent for too long; `waited_for` completes "no ... within"."""
+def timed_out(
+    worker: str, waited_for: str, limit_s: float, *, started: bool, sent: bool = True
+) -> UpstreamTimeoutError:
+    """The engine was silent for too long; `waited_for` completes "no ... within". For `sent` see `lost`."""
     failure = UpstreamTimeoutError(
         f"no {waited_for} from the worker within {limit_s:g} s", metadata={"worker_url": worker}
     )
     failure.before_first_token = not started
+    failure.had_request = sent
     return failure
 
 

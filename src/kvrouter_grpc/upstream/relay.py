@@ -13,6 +13,9 @@ from kvrouter_grpc.upstream.prefill_leg import Handover, PrefillLeg
 from kvrouter_grpc.upstream.vllm_http import VllmHttpClient
 from kvrouter_grpc.upstream.waiting import booked
 
+MOST_VICTIMS = 2
+"""Engines that may fail with one request in their hands: it may be what they fail of, and there are others to serve."""
+
 
 @dataclass(slots=True)
 class RelayStep:
@@ -63,7 +66,7 @@ class Relay:
         """
         leg = self._legs.get(router.endpoint)
         prefill = leg.preview(router, prompt, hints, request) if leg is not None else None
-        prefilled = prefill is not None and prefill.remote
+        prefilled = request.prefilled if prefill is None else prefill.remote
         decision = router.best_worker(
             prompt, hints, model=request.model, prefilled=prefilled, request_id=request.request_id
         )
@@ -79,10 +82,11 @@ class Relay:
 
         Raises:
             RouterError: Of the decision, or of the engine. Before the first token the last failure of up to
-                `retries` further workers; a pinned request is never sent elsewhere.
+                `retries` further workers, of which no more than `MOST_VICTIMS` had begun with the request; a pinned
+                one is never sent elsewhere.
         """
         tried: set[Target] = set()
-        attempts = 0
+        attempts = victims = 0
         queued_s: float | None = None  # once it has had its turn
         failure: UpstreamError | None = None
         leg = self._legs.get(router.endpoint)
@@ -90,7 +94,8 @@ class Relay:
         while True:
             try:
                 # Booked before the prefill leg: of requests that come together, the next one sees this one.
-                name, model, remote = request.request_id, request.model, prefill is not None and prefill.remote
+                name, model = request.request_id, request.model
+                remote = request.prefilled if prefill is None else prefill.remote
                 if queued_s is None:
                     lease = await booked(router, name, prompt, hints, model=model, ttl_s=math.inf, prefilled=remote)
                     queued_s = lease.decision.queued_s
@@ -136,8 +141,9 @@ class Relay:
                     failure = error
                     if prefill is not None and not delivered and prefill.take_back(error):
                         continue
+                    victims += error.had_request
                     final = delivered or not error.before_first_token or hints.worker_id is not None
-                    if final or len(tried) >= self._config.retries:
+                    if final or victims >= MOST_VICTIMS or len(tried) >= self._config.retries:
                         raise
                     tried.add(target)
                 finally:

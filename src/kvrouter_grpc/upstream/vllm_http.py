@@ -310,10 +310,10 @@ class VllmHttpClient:
     def _judge(self, error: Exception, waited_for: str, limit_s: float, *, started: bool) -> UpstreamError:
         """What the fault of a connection means."""
         if isinstance(error, aiohttp.ConnectionTimeoutError):
-            return timed_out(self._worker, "connection", self._config.connect_timeout_s, started=False)
+            return timed_out(self._worker, "connection", self._config.connect_timeout_s, started=False, sent=False)
         if isinstance(error, TimeoutError):
             return timed_out(self._worker, waited_for, limit_s, started=started)
-        return lost(self._worker, started=started)
+        return lost(self._worker, started=started, sent=not isinstance(error, aiohttp.ClientConnectorError))
 
 
 async def _body(response: aiohttp.ClientResponse, limit: int) -> bytes:

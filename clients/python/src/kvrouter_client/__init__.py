@@ -14,6 +14,7 @@ from ._gen.router_pb2 import (
 from .admin import KvRouterAdminClient
 from .client import BatchItem, KvRouterClient, Prompt
 from .errors import KvRouterError, Violation
+from .explanation import Explanation
 from .fleet import (
     EngineReport,
     Fleet,
@@ -58,6 +59,7 @@ __all__ = [
     "Candidate",
     "ChoiceList",
     "EngineReport",
+    "Explanation",
     "FinishReason",
     "Fleet",
     "ForeignLoad",

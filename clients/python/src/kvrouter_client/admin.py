@@ -1,5 +1,6 @@
 """The administration of a router."""
 
+from collections.abc import AsyncIterator
 from types import TracebackType
 from typing import Self
 
@@ -7,13 +8,14 @@ import grpc
 
 from ._gen import admin_pb2, admin_pb2_grpc
 from .channel import DEFAULT_TIMEOUT_S, open_channel
-from .client import put_seconds
+from .client import BatchItem, batch_item, put_seconds
 from .errors import rpc_errors
+from .explanation import Explanation
 from .fleet import Fleet, Loads, Thresholds, WorkerSpec
 
 
 class KvRouterAdminClient:
-    """Lists and changes the workers of one router. The service may have an address of its own.
+    """Lists and changes the workers of one router, and asks for reasons. The service may have an address of its own.
 
         async with KvRouterAdminClient("router:50051") as admin:
             for worker in (await admin.list_workers()).workers:
@@ -107,3 +109,44 @@ class KvRouterAdminClient:
         request = admin_pb2.SetThresholdsRequest(endpoint=endpoint, thresholds=thresholds.to_proto())
         with rpc_errors():
             await self._stub.SetThresholds(request, timeout=self._timeout_s)
+
+    async def explain(self, request: BatchItem) -> Explanation:
+        """Where a request would go now, and why. Nothing is booked or remembered.
+
+        Args:
+            request: Its prompt, or the whole request where there is more to say.
+        """
+        (explanation,) = await self._explain(admin_pb2.ExplainRequest(request=batch_item(request)))
+        return explanation
+
+    async def decisions(
+        self, request_id: str = "", *, recent: int | None = None, endpoint: str = ""
+    ) -> tuple[Explanation, ...]:
+        """Decisions that the router remembers, each explained, newest first.
+
+        Args:
+            request_id: Those for this request: one per attempt.
+            recent: Without an id, so many of the last ones, 1 to 100; one when None.
+            endpoint: Only of this one.
+
+        Raises:
+            KvRouterError: NOT_FOUND when none is remembered.
+        """
+        if request_id:
+            return await self._explain(admin_pb2.ExplainRequest(request_id=request_id, endpoint=endpoint))
+        return await self._explain(admin_pb2.ExplainRequest(recent=recent or 1, endpoint=endpoint))
+
+    async def _explain(self, question: admin_pb2.ExplainRequest) -> tuple[Explanation, ...]:
+        with rpc_errors():
+            reply = await self._stub.Explain(question, timeout=self._timeout_s)
+        return tuple(map(Explanation.from_proto, reply.decisions))
+
+    async def stream_snapshot(self, endpoint: str = "") -> AsyncIterator[bytes]:
+        """The index of an endpoint as a snapshot file, piece by piece, for `--router-snapshot-dir`. Has no deadline."""
+        call = self._stub.StreamSnapshot(admin_pb2.StreamSnapshotRequest(endpoint=endpoint))
+        try:
+            with rpc_errors():
+                async for piece in call:
+                    yield piece.data
+        finally:
+            call.cancel()

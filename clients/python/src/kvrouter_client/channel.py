@@ -28,6 +28,7 @@ _SERVICE_CONFIG: dict[str, Any] = {
                 {"service": "kvrouter.v1.KvRouter", "method": "BestWorkerIdBatch"},
                 {"service": "kvrouter.v1.KvRouter", "method": "GetOverlapScores"},
                 {"service": "kvrouter.v1.KvRouter", "method": "MarkPrefillComplete"},
+                {"service": "kvrouter.v1.KvRouter", "method": "ReportOutput"},
                 {"service": "kvrouter.v1.KvRouter", "method": "Free"},
                 {"service": "kvrouter.v1.KvRouterAdmin"},
             ],

@@ -81,6 +81,7 @@ class KvRouterClient:
         cache_salt: str = "",
         block_mm_hashes: Iterable[common_pb2.BlockMultimodalHashes] = (),
         include_candidates: bool = False,
+        prefilled: bool = False,
         timeout_s: float | None = None,
     ) -> WorkerChoice:
         """Ask where a request should go. Changes nothing in the router; `reserve` books.
@@ -95,6 +96,7 @@ class KvRouterClient:
             cache_salt: Salt that keeps a tenant's cache apart, folded into the block hashes.
             block_mm_hashes: Multimodal objects behind the prompt's placeholder tokens.
             include_candidates: List every worker with its cost.
+            prefilled: Another worker computes the prompt: decide for decoding only.
             timeout_s: Deadline of this call; the client's when None.
 
         Raises:
@@ -109,6 +111,7 @@ class KvRouterClient:
             cache_salt=cache_salt,
             block_mm_hashes=block_mm_hashes,
             include_candidates=include_candidates,
+            prefilled=prefilled,
         )
         _put_prompt(request, prompt)
         with rpc_errors():
@@ -130,7 +133,7 @@ class KvRouterClient:
         Raises:
             KvRouterError: The call as a whole failed.
         """
-        batch = router_pb2.BestWorkerIdBatchRequest(requests=map(_batch_item, requests))
+        batch = router_pb2.BestWorkerIdBatchRequest(requests=map(batch_item, requests))
         with rpc_errors():
             reply = await self._stub.BestWorkerIdBatch(batch, timeout=self._deadline(timeout_s))
         return [_outcome(result) for result in reply.results]
@@ -159,7 +162,7 @@ class KvRouterClient:
             nonlocal failure
             try:
                 async for batch in batches:
-                    yield router_pb2.BestWorkerIdStreamRequest(requests=map(_batch_item, batch))
+                    yield router_pb2.BestWorkerIdStreamRequest(requests=map(batch_item, batch))
             except Exception as error:  # noqa: BLE001 - grpc.aio would only write it to its log
                 failure = error
 
@@ -187,6 +190,7 @@ class KvRouterClient:
         cache_salt: str = "",
         block_mm_hashes: Iterable[common_pb2.BlockMultimodalHashes] = (),
         include_candidates: bool = False,
+        prefilled: bool = False,
         timeout_s: float | None = None,
     ) -> Reservation:
         """Book a request on the best worker, for callers that talk to the worker themselves: `async with`.
@@ -203,6 +207,7 @@ class KvRouterClient:
             cache_salt: See there.
             block_mm_hashes: See there.
             include_candidates: See there.
+            prefilled: See there; what is booked is for decoding only as well.
             timeout_s: Deadline of each call of the reservation; the client's when None.
         """
         request = router_pb2.BestWorkerIdRequest(
@@ -216,6 +221,7 @@ class KvRouterClient:
             cache_salt=cache_salt,
             block_mm_hashes=block_mm_hashes,
             include_candidates=include_candidates,
+            prefilled=prefilled,
         )
         if ttl_s is not None:
             put_seconds(request.ttl, ttl_s)
@@ -342,7 +348,7 @@ def _put_prompt(
         request.token_ids.extend(prompt)
 
 
-def _batch_item(item: BatchItem) -> router_pb2.BestWorkerIdRequest:
+def batch_item(item: BatchItem) -> router_pb2.BestWorkerIdRequest:
     """A request as it stands in a batch."""
     if isinstance(item, router_pb2.BestWorkerIdRequest):
         return item

@@ -23,6 +23,7 @@ class Reservation:
         async with router.reserve(prompt) as reservation:
             response = await post(reservation.choice.url, prompt)   # talk to the worker
             await reservation.mark_prefill_complete()               # its first token is here
+            await reservation.report_output(tokens)                 # now and then, so many are there
 
     Attributes:
         request_id: The name of the reservation; worth sending to the worker as `X-Request-Id`.
@@ -69,6 +70,23 @@ class Reservation:
         request = router_pb2.MarkPrefillCompleteRequest(request_id=self.request_id, endpoint=self._request.endpoint)
         with rpc_errors():
             await self._stub.MarkPrefillComplete(request, timeout=self._timeout_s)
+
+    async def report_output(self, tokens: int) -> None:
+        """Say how many tokens of the answer there are: they count as load where the router tracks output blocks.
+
+        Once per block is often enough. Says what `mark_prefill_complete` says, too. Idempotent.
+
+        Args:
+            tokens: All of them so far, at least 1.
+
+        Raises:
+            KvRouterError: NOT_FOUND when the reservation expired.
+        """
+        request = router_pb2.ReportOutputRequest(
+            request_id=self.request_id, endpoint=self._request.endpoint, output_tokens=tokens
+        )
+        with rpc_errors():
+            await self._stub.ReportOutput(request, timeout=self._timeout_s)
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

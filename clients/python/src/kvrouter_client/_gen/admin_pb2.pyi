@@ -1270,6 +1270,7 @@ class Explanation(_message.Message):
     BLOCK_SIZE_FIELD_NUMBER: _builtins.int
     EXPECTED_OUTPUT_TOKENS_FIELD_NUMBER: _builtins.int
     CANDIDATES_FIELD_NUMBER: _builtins.int
+    PREFILLED_FIELD_NUMBER: _builtins.int
     endpoint: _builtins.str
     """The endpoint that decided."""
     request_id: _builtins.str
@@ -1296,6 +1297,8 @@ class Explanation(_message.Message):
     """Tokens per block; 0 while the router had not learned it."""
     expected_output_tokens: _builtins.int
     """Tokens that the answer was expected to have; 0 when that was not given."""
+    prefilled: _builtins.bool
+    """Another worker computed the prompt: the decision was for decoding only."""
     @_builtins.property
     def decided_at(self) -> _timestamp_pb2.Timestamp:
         """When."""
@@ -1322,10 +1325,11 @@ class Explanation(_message.Message):
         block_size: _builtins.int = ...,
         expected_output_tokens: _builtins.int = ...,
         candidates: _abc.Iterable[_common_pb2.Candidate] | None = ...,
+        prefilled: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["decided_at", b"decided_at"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_size", b"block_size", "candidates", b"candidates", "cost", b"cost", "decided_at", b"decided_at", "dp_rank", b"dp_rank", "endpoint", b"endpoint", "expected_output_tokens", b"expected_output_tokens", "mode", b"mode", "prompt_blocks", b"prompt_blocks", "prompt_tokens", b"prompt_tokens", "reason", b"reason", "request_id", b"request_id", "temperature", b"temperature", "worker_id", b"worker_id", "worker_name", b"worker_name"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_size", b"block_size", "candidates", b"candidates", "cost", b"cost", "decided_at", b"decided_at", "dp_rank", b"dp_rank", "endpoint", b"endpoint", "expected_output_tokens", b"expected_output_tokens", "mode", b"mode", "prefilled", b"prefilled", "prompt_blocks", b"prompt_blocks", "prompt_tokens", b"prompt_tokens", "reason", b"reason", "request_id", b"request_id", "temperature", b"temperature", "worker_id", b"worker_id", "worker_name", b"worker_name"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -463,7 +463,8 @@ class RoutingHints(_message.Message):
     """
     tenant: _builtins.str
     """On whose account the request waits, at most 256 characters: while requests wait, tenants of one strict priority get
-    equal shares of the prompt tokens. Requests that name none are one tenant. The router believes what it is told.
+    equal shares of the prompt tokens. Requests that name none are one tenant. The router believes what it is told, unless
+    `--router-queue-tenant-metadata` says where a gateway names the tenant: then this is not read.
     """
     @_builtins.property
     def allowed_worker_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
@@ -1055,6 +1056,7 @@ class BestWorkerIdRequest(_message.Message):
     CACHE_SALT_FIELD_NUMBER: _builtins.int
     BLOCK_MM_HASHES_FIELD_NUMBER: _builtins.int
     INCLUDE_CANDIDATES_FIELD_NUMBER: _builtins.int
+    PREFILLED_FIELD_NUMBER: _builtins.int
     text: _builtins.str
     """The prompt as text, for endpoints that have a tokenizer."""
     endpoint: _builtins.str
@@ -1071,6 +1073,10 @@ class BestWorkerIdRequest(_message.Message):
     """Salt that keeps the cache of one tenant apart; folded into the block hashes."""
     include_candidates: _builtins.bool
     """List every worker with its cost in the reply."""
+    prefilled: _builtins.bool
+    """Another worker computes the prompt, and its KV blocks are fetched: the decision is for decoding only, and so is what
+    `reserve` books. That is how Generate picks the worker that generates where a prefill pool computes the prompts.
+    """
     @_builtins.property
     def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """The prompt as token ids, each below 2^31. Exactly one of `token_ids` and `text` is given."""
@@ -1107,10 +1113,11 @@ class BestWorkerIdRequest(_message.Message):
         cache_salt: _builtins.str = ...,
         block_mm_hashes: _abc.Iterable[_common_pb2.BlockMultimodalHashes] | None = ...,
         include_candidates: _builtins.bool = ...,
+        prefilled: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["router_config_override", b"router_config_override", "routing", b"routing", "ttl", b"ttl"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_mm_hashes", b"block_mm_hashes", "cache_salt", b"cache_salt", "endpoint", b"endpoint", "include_candidates", b"include_candidates", "lora_name", b"lora_name", "model", b"model", "request_id", b"request_id", "reserve", b"reserve", "router_config_override", b"router_config_override", "routing", b"routing", "text", b"text", "token_ids", b"token_ids", "ttl", b"ttl"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_mm_hashes", b"block_mm_hashes", "cache_salt", b"cache_salt", "endpoint", b"endpoint", "include_candidates", b"include_candidates", "lora_name", b"lora_name", "model", b"model", "prefilled", b"prefilled", "request_id", b"request_id", "reserve", b"reserve", "router_config_override", b"router_config_override", "routing", b"routing", "text", b"text", "token_ids", b"token_ids", "ttl", b"ttl"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1584,6 +1591,53 @@ class MarkPrefillCompleteResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___MarkPrefillCompleteResponse: _TypeAlias = MarkPrefillCompleteResponse  # noqa: Y015
+
+@_typing.final
+class ReportOutputRequest(_message.Message):
+    """Says how much of an answer there is."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    ENDPOINT_FIELD_NUMBER: _builtins.int
+    OUTPUT_TOKENS_FIELD_NUMBER: _builtins.int
+    request_id: _builtins.str
+    """The reservation."""
+    endpoint: _builtins.str
+    """Endpoint it was made on. May be left out when the router serves one."""
+    output_tokens: _builtins.int
+    """Tokens generated so far, from 1 to 2^20. Fewer than were reported before change nothing."""
+    def __init__(
+        self,
+        *,
+        request_id: _builtins.str = ...,
+        endpoint: _builtins.str = ...,
+        output_tokens: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["endpoint", b"endpoint", "output_tokens", b"output_tokens", "request_id", b"request_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ReportOutputRequest: _TypeAlias = ReportOutputRequest  # noqa: Y015
+
+@_typing.final
+class ReportOutputResponse(_message.Message):
+    """Empty."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ReportOutputResponse: _TypeAlias = ReportOutputResponse  # noqa: Y015
 
 @_typing.final
 class FreeRequest(_message.Message):

@@ -69,6 +69,11 @@ class KvRouterStub:
                 request_serializer=kvrouter_dot_v1_dot_router__pb2.MarkPrefillCompleteRequest.SerializeToString,
                 response_deserializer=kvrouter_dot_v1_dot_router__pb2.MarkPrefillCompleteResponse.FromString,
                 _registered_method=True)
+        self.ReportOutput = channel.unary_unary(
+                '/kvrouter.v1.KvRouter/ReportOutput',
+                request_serializer=kvrouter_dot_v1_dot_router__pb2.ReportOutputRequest.SerializeToString,
+                response_deserializer=kvrouter_dot_v1_dot_router__pb2.ReportOutputResponse.FromString,
+                _registered_method=True)
         self.Free = channel.unary_unary(
                 '/kvrouter.v1.KvRouter/Free',
                 request_serializer=kvrouter_dot_v1_dot_router__pb2.FreeRequest.SerializeToString,
@@ -170,6 +175,18 @@ class KvRouterServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ReportOutput(self, request, context):
+        """Tells the router how much of a reserved request's answer there is: with `--router-track-output-blocks` it counts as
+        load, as the answers of Generate do. Says what MarkPrefillComplete says as well.
+
+        Once per block is often enough. Idempotent; reports may get lost or overtake each other. Does not extend the life of
+        the reservation. Status codes: INVALID_ARGUMENT, NOT_FOUND (unknown or expired reservation, unknown endpoint),
+        INTERNAL.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Free(self, request, context):
         """Ends a reservation and releases everything booked for it.
 
@@ -211,6 +228,11 @@ def add_KvRouterServicer_to_server(servicer, server):
                     servicer.MarkPrefillComplete,
                     request_deserializer=kvrouter_dot_v1_dot_router__pb2.MarkPrefillCompleteRequest.FromString,
                     response_serializer=kvrouter_dot_v1_dot_router__pb2.MarkPrefillCompleteResponse.SerializeToString,
+            ),
+            'ReportOutput': grpc.unary_unary_rpc_method_handler(
+                    servicer.ReportOutput,
+                    request_deserializer=kvrouter_dot_v1_dot_router__pb2.ReportOutputRequest.FromString,
+                    response_serializer=kvrouter_dot_v1_dot_router__pb2.ReportOutputResponse.SerializeToString,
             ),
             'Free': grpc.unary_unary_rpc_method_handler(
                     servicer.Free,
@@ -385,6 +407,33 @@ class KvRouter:
             '/kvrouter.v1.KvRouter/MarkPrefillComplete',
             kvrouter_dot_v1_dot_router__pb2.MarkPrefillCompleteRequest.SerializeToString,
             kvrouter_dot_v1_dot_router__pb2.MarkPrefillCompleteResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ReportOutput(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kvrouter.v1.KvRouter/ReportOutput',
+            kvrouter_dot_v1_dot_router__pb2.ReportOutputRequest.SerializeToString,
+            kvrouter_dot_v1_dot_router__pb2.ReportOutputResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -100,6 +100,14 @@ class KvRouterStub:
 
     Idempotent. Status codes: INVALID_ARGUMENT, NOT_FOUND (unknown or expired reservation, unknown endpoint), INTERNAL.
     """
+    ReportOutput: _grpc.UnaryUnaryMultiCallable[_router_pb2.ReportOutputRequest, _router_pb2.ReportOutputResponse]
+    """Tells the router how much of a reserved request's answer there is: with `--router-track-output-blocks` it counts as
+    load, as the answers of Generate do. Says what MarkPrefillComplete says as well.
+
+    Once per block is often enough. Idempotent; reports may get lost or overtake each other. Does not extend the life of
+    the reservation. Status codes: INVALID_ARGUMENT, NOT_FOUND (unknown or expired reservation, unknown endpoint),
+    INTERNAL.
+    """
     Free: _grpc.UnaryUnaryMultiCallable[_router_pb2.FreeRequest, _router_pb2.FreeResponse]
     """Ends a reservation and releases everything booked for it.
 
@@ -177,6 +185,14 @@ class KvRouterAsyncStub(KvRouterStub):
     """Tells the router that a reserved request has its first token: its prompt no longer waits on the worker.
 
     Idempotent. Status codes: INVALID_ARGUMENT, NOT_FOUND (unknown or expired reservation, unknown endpoint), INTERNAL.
+    """
+    ReportOutput: _aio.UnaryUnaryMultiCallable[_router_pb2.ReportOutputRequest, _router_pb2.ReportOutputResponse]  # type: ignore[assignment]
+    """Tells the router how much of a reserved request's answer there is: with `--router-track-output-blocks` it counts as
+    load, as the answers of Generate do. Says what MarkPrefillComplete says as well.
+
+    Once per block is often enough. Idempotent; reports may get lost or overtake each other. Does not extend the life of
+    the reservation. Status codes: INVALID_ARGUMENT, NOT_FOUND (unknown or expired reservation, unknown endpoint),
+    INTERNAL.
     """
     Free: _aio.UnaryUnaryMultiCallable[_router_pb2.FreeRequest, _router_pb2.FreeResponse]  # type: ignore[assignment]
     """Ends a reservation and releases everything booked for it.
@@ -288,6 +304,20 @@ class KvRouterServicer(metaclass=_abc_1.ABCMeta):
         """Tells the router that a reserved request has its first token: its prompt no longer waits on the worker.
 
         Idempotent. Status codes: INVALID_ARGUMENT, NOT_FOUND (unknown or expired reservation, unknown endpoint), INTERNAL.
+        """
+
+    @_abc_1.abstractmethod
+    def ReportOutput(
+        self,
+        request: _router_pb2.ReportOutputRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_router_pb2.ReportOutputResponse, _abc.Awaitable[_router_pb2.ReportOutputResponse]]:
+        """Tells the router how much of a reserved request's answer there is: with `--router-track-output-blocks` it counts as
+        load, as the answers of Generate do. Says what MarkPrefillComplete says as well.
+
+        Once per block is often enough. Idempotent; reports may get lost or overtake each other. Does not extend the life of
+        the reservation. Status codes: INVALID_ARGUMENT, NOT_FOUND (unknown or expired reservation, unknown endpoint),
+        INTERNAL.
         """
 
     @_abc_1.abstractmethod
