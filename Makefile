@@ -11,7 +11,7 @@ FUZZ_SEED ?= $(shell date +%Y%m%d)
 
 .DEFAULT_GOAL := help
 .PHONY: help build dev demo test fuzz sanitize soak test-vllm vllm-env lint format proto proto-check config-docs clean \
-	bench bench-quick bench-docs bench-peers bench-traces
+	bench bench-quick bench-docs bench-peers bench-traces bench-fleet
 
 help: ## This list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  \033[1m%-12s\033[0m %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -88,7 +88,10 @@ bench-quick: $(VENV)/.built ## Every suite at tiny sizes, to see that it works
 bench-traces: $(VENV)/.built ## Routing policies on recorded traffic over simulated engines, see docs/routing.md
 	$(BIN)/python -m bench.traces $(ARGS)
 
-bench-docs: $(VENV)/.built bench-peers ## Plots and tables of the pages, from the last `make bench` and `make bench-traces`
+bench-fleet: $(VENV)/.dev vllm-env ## Routing policies on two real vLLM engines on the CPU, about twenty minutes
+	PYTHONPATH=tests:src $(BIN)/python -m bench.fleet $(ARGS)
+
+bench-docs: $(VENV)/.built bench-peers ## Plots and tables of the pages, from the last runs of the others
 	$(BIN)/python -m bench.curves $(ARGS)
 	.cache/bench/plots/bin/python -m bench.plots
 	$(BIN)/python -m bench.page

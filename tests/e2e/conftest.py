@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from e2e.engines import E2E, VOCABULARY, Engine, EngineOptions, Zygote
+from e2e.engines import E2E, FIRST_WORD, VOCABULARY, Engine, EngineOptions, Zygote
 from e2e.router import Router
 
 FLEETS = {
@@ -18,7 +18,6 @@ FLEETS = {
 }
 TWO_RANKS = EngineOptions(block_size=32, blocks=64, lora=False, dp_size=2)
 POOLS = EngineOptions(block_size=32, blocks=64, lora=False, kv_transfer=True)
-FIRST_WORD = 5  # the tokens below are special
 LOG_TAIL = 40
 STARTED = pytest.StashKey[float]()
 

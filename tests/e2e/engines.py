@@ -10,9 +10,9 @@ import signal
 import socket
 import subprocess
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -28,7 +28,17 @@ MODEL = CACHE / "model"
 MODEL_NAME = "tiny"
 LORA_NAME = "tiny-lora"
 VOCABULARY = 512
+FIRST_WORD = 5  # the tokens below are special
 MAX_MODEL_LEN = 1024
+# Some five million weights: a prompt takes much longer to compute than to carry around.
+SLOW_MODEL = {
+    "hidden_size": 256,
+    "intermediate_size": 768,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 4096,
+}
 START_TIMEOUT_S = 100.0
 REPLAY_TIMEOUT_S = 10.0
 REPLAY_ATTEMPTS = 3
@@ -71,6 +81,11 @@ class EngineOptions:
     kv_transfer: bool = False  # a NIXL connector, for prefill and decode pools
     tokens_per_step: int = 2048
     ring: int = 10_000  # event batches that can be replayed
+    most_running: int = 8
+    max_model_len: int = MAX_MODEL_LEN
+    shape: Mapping[str, int] = field(
+        default_factory=dict
+    )  # of another model than the tiny one; its weights are made up
 
     def having(self, **changes: Any) -> Self:
         """The same but for these."""
@@ -92,11 +107,11 @@ class EngineOptions:
             "--host": "127.0.0.1",
             "--port": port,
             "--dtype": "float32",
-            "--max-model-len": MAX_MODEL_LEN,
+            "--max-model-len": self.max_model_len,
             "--block-size": self.block_size,
             "--num-gpu-blocks-override": self.blocks,
             "--kv-cache-memory-bytes": 64 << 20,
-            "--max-num-seqs": 8,
+            "--max-num-seqs": self.most_running,
             "--max-num-batched-tokens": self.tokens_per_step,
             "--data-parallel-size": self.dp_size,
             "--distributed-executor-backend": "uni",
@@ -107,6 +122,8 @@ class EngineOptions:
         if self.kv_transfer:
             connector = {"kv_connector": "NixlConnector", "kv_role": "kv_both", "kv_buffer_device": "cpu"}
             words += ["--kv-transfer-config", json.dumps(connector)]
+        if self.shape:
+            words += ["--hf-overrides", json.dumps(self.shape), "--load-format", "dummy"]
         if self.lora:
             words += ["--enable-lora", "--max-lora-rank", "8", "--lora-modules", f"{LORA_NAME}={MODEL}-lora"]
         return words

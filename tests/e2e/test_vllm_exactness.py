@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from e2e.conftest import FIRST_WORD, Launch
-from e2e.engines import VOCABULARY, Engine, EngineOptions, Zygote
+from e2e.conftest import Launch
+from e2e.engines import FIRST_WORD, VOCABULARY, Engine, EngineOptions, Zygote
 from e2e.router import Router
 from e2e.waiting import until
 from kvrouter_client import KvRouterError, StreamState
