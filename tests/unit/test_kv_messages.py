@@ -3,12 +3,15 @@
 The typed twin says here what a message means; each message also goes through the compiled feed, which must do the same.
 """
 
+import struct
 from array import array
 from typing import Any
 
 import msgspec
 import pytest
 import xxhash
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from kvrouter_grpc.core import BatchError, KvFeed
 from kvrouter_grpc.types import Tier
@@ -345,3 +348,50 @@ def test_every_size_of_array_header(blocks: int) -> None:
     assert not plain.mm_hashes
     last = one(stored(blocks, parent_block_hash=5, extra_keys=[None] * (blocks - 1) + [["x"]]))
     assert last.mm_hashes == {blocks - 1: [mm("x")]}
+
+
+FORMS = [
+    (1 << 7, lambda number: bytes([number])),
+    (1 << 7, lambda number: struct.pack(">Bb", 0xD0, number)),
+    (1 << 8, lambda number: struct.pack(">BB", 0xCC, number)),
+    (1 << 15, lambda number: struct.pack(">Bh", 0xD1, number)),
+    (1 << 16, lambda number: struct.pack(">BH", 0xCD, number)),
+    (1 << 31, lambda number: struct.pack(">Bi", 0xD2, number)),
+    (1 << 32, lambda number: struct.pack(">BI", 0xCE, number)),
+    (1 << 32, lambda number: struct.pack(">BQ", 0xCF, number)),
+    (1 << 32, lambda number: struct.pack(">Bq", 0xD3, number)),
+]
+"""How a number may be written, and below which one."""
+
+TOKENS = st.one_of(
+    *[
+        st.integers(0, most - 1).map(write)
+        for most, write in FORMS + [FORMS[0], FORMS[2], FORMS[4], FORMS[6]] * 4  # the shortest ones: what engines send
+    ]
+)
+NO_TOKENS = [b"\xc0", b"\xc1", b"\xc3", b"\xe0", b"\xff", b"\xca\0\0\0\0", b"\xcf\0\0\0\1\0\0\0\0", b"\xa1x", b"\x91\1"]
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    tokens=st.lists(TOKENS, max_size=70),
+    bad=st.none() | st.tuples(st.integers(0, 69), st.sampled_from(NO_TOKENS)),
+    lost=st.sampled_from([0, 0, 0, 1, 3, 8, 30]),
+    filler=st.sampled_from([0, 1, 9, 40]),
+)
+def test_tokens_in_every_form_up_to_the_last_byte(
+    tokens: list[bytes], bad: tuple[int, bytes] | None, lost: int, filler: int
+) -> None:
+    """They are read by fours while enough bytes follow, else one by one."""
+    if bad is not None:
+        tokens.insert(bad[0], bad[1])
+    names = array("Q", range(1, len(tokens) // 4 + 1)).tolist()
+    event = b"\x96" + encode("BlockStored") + encode(names) + encode(None)
+    event += b"\xdc" + len(tokens).to_bytes(2) + b"".join(tokens) + encode(4) + encode(None)
+    payload = b"\x93" + encode(1.0) + b"\x91" + event + encode(0)
+    if filler:  # of later fields, behind the events
+        payload = b"\x94" + payload[1:] + encode("x" * filler)
+    payload = payload[: len(payload) - lost]
+    pair = FeedPair(targets=1, block_size=4)
+    pair.apply(0, payload)
+    pair.finish()

@@ -15,7 +15,15 @@ cdef extern from "xxhash.h" nogil:
 
 
 cdef extern from * nogil:
-    void __builtin_prefetch(const void* address)
+    """
+    /* Brings a line into the processor's caches. GCC takes a function that does nothing but prefetch for one without an
+     * effect, and leaves out its calls: the empty statement is an effect, and costs nothing. */
+    static inline void kvrouter_fetch(const void* address) {
+        __builtin_prefetch(address);
+        __asm__ volatile("");
+    }
+    """
+    void fetch "kvrouter_fetch"(const void* address)
 
 
 cdef struct Entry:
@@ -32,6 +40,7 @@ cdef struct Table:
 
 cdef enum:
     SMALLEST_CAPACITY = 8
+    LINE = 64  # bytes of a line of the processor's caches
 
 
 cdef inline void table_init(Table* table, uint64_t salt) noexcept nogil:
@@ -52,8 +61,12 @@ cdef inline uint32_t _home(const Table* table, uint64_t key) noexcept nogil:
 
 
 cdef inline void table_prefetch(const Table* table, uint64_t key) noexcept nogil:
+    # The line where the search begins and the one behind it, where most searches end.
+    cdef const char* line
     if table.capacity != 0:
-        __builtin_prefetch(&table.entries[_home(table, key)])
+        line = <const char*>&table.entries[_home(table, key)]
+        fetch(line)
+        fetch(line + LINE)
 
 
 cdef inline Entry* _probe(const Table* table, uint32_t at, uint64_t key) noexcept nogil:
@@ -80,6 +93,23 @@ cdef inline Entry* table_next(const Table* table, const Entry* entry) noexcept n
     """The next entry with the key of `entry`, or NULL."""
     cdef uint32_t at = <uint32_t>(entry - table.entries) + 1
     return _probe(table, 0 if at == table.capacity else at, entry.key)
+
+
+cdef inline Entry* table_seek(const Table* table, uint64_t key) noexcept nogil:
+    """The first entry of a key, or the vacant one (value 0) for `table_fill`; in a table with room for one more."""
+    cdef uint32_t at = _home(table, key)
+    while table.entries[at].value != 0 and table.entries[at].key != key:
+        at += 1
+        if at == table.capacity:
+            at = 0
+    return &table.entries[at]
+
+
+cdef inline void table_fill(Table* table, Entry* vacant, uint64_t key, uint64_t value) noexcept nogil:
+    """Puts a key that the table lacks where `table_seek` looked for it last."""
+    vacant.key = key
+    vacant.value = value
+    table.count += 1
 
 
 cdef inline Entry* _place(Table* table, uint64_t key, uint64_t value) noexcept nogil:

@@ -30,6 +30,7 @@ cdef class KvFeed:
     cdef int take(self, Span payload, Applied applied) except -1
     cdef int _meet(self) except -1
     cdef int _make_groups(self, uint32_t count) except -1
+    cdef void _foresee(self, const Event* event) noexcept
     cdef int _apply(self, Event* event, Applied applied) except -1
     cdef int _catch_up(self, uint64_t first, uint64_t end) except -1
     cdef int _stored(self, Event* event) except -1

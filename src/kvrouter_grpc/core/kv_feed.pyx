@@ -4,7 +4,8 @@
     orphans.pxd      stores that must wait   kv_event.pxd    one event, both generations
     cache_group.pxd  groups of a hybrid      kv_fields.pxd   its fields
     wide.pxd         their larger blocks     extra_keys.pxd  salts, adapters, images
-    stack.pxd        memory used again       kv_words.pxd    names and their meaning
+    stack.pxd        memory used again       kv_tokens.h     token ids, four at a time
+                                             kv_words.pxd    names and their meaning
                                              msgpack.pxd     bytes to numbers and texts
 """
 
@@ -15,7 +16,7 @@ from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_GET_SIZE
 from libc.stdint cimport int32_t, int64_t, uint8_t, uint32_t, uint64_t
 from libc.string cimport memset
 
-from kvrouter_grpc.core.block_hash cimport LARGEST_BLOCK, chain_hashes, local_hashes
+from kvrouter_grpc.core.block_hash cimport LARGEST_BLOCK, chain_hashes, local_hashes, sequence_run
 from kvrouter_grpc.core.cache_group cimport (
     UNPLACED,
     CacheGroup,
@@ -27,7 +28,7 @@ from kvrouter_grpc.core.cache_group cimport (
 )
 from kvrouter_grpc.core.edge cimport Edge
 from kvrouter_grpc.core.extra_keys cimport Mark, mark_blocks
-from kvrouter_grpc.core.hash_table cimport table_find
+from kvrouter_grpc.core.hash_table cimport table_find, table_prefetch
 from kvrouter_grpc.core.kv_batch cimport NO_BATCH, NO_MEMORY, TOO_MANY_EVENTS, Reading, batch_reset, read_batch
 from kvrouter_grpc.core.kv_event cimport read_event
 from kvrouter_grpc.core.kv_fields cimport MOST_NAMES, Batch, Event
@@ -54,10 +55,10 @@ from kvrouter_grpc.core.orphans cimport (
     orphan_names,
 )
 from kvrouter_grpc.core.radix_tree cimport RadixTree
-from kvrouter_grpc.core.slot cimport slot_clear, slot_remove, slot_store
+from kvrouter_grpc.core.slot cimport slot_clear, slot_foresee, slot_remove, slot_store
 from kvrouter_grpc.core.stack cimport stack_push
 from kvrouter_grpc.core.target cimport MOST_GROUPS
-from kvrouter_grpc.core.tree cimport DEEPEST, Tree, edge_depth
+from kvrouter_grpc.core.tree cimport DEEPEST, Slot, Tree, edge_depth
 from kvrouter_grpc.core.wide cimport wide_names, wide_remove, wide_store
 
 # By `spec`. What is "other" cannot be judged, what is "nothing" has no part in a prefix.
@@ -172,6 +173,7 @@ cdef class KvFeed:
         cdef Reading reading
         cdef Event* event
         cdef uint64_t first = 0
+        cdef uint64_t count
         cdef uint64_t i
         if self.closed:
             return 0
@@ -184,16 +186,21 @@ cdef class KvFeed:
             if reading == NO_MEMORY:
                 raise MemoryError
             self._meet()
-            for i in range(batch.events.used // sizeof(Event)):
+            count = batch.events.used // sizeof(Event)
+            for i in range(count):
                 if self.closed:
                     break
                 event = <Event*>batch.events.data + i
+                if i == 0:
+                    self._foresee(event)
+                if i + 1 < count:
+                    self._foresee(event + 1)
                 if self.postponed and (event.kind == EVENT_REMOVED or event.kind == EVENT_CLEARED):
                     self._catch_up(first, i)
                     first = i
                 self._apply(event, applied)
             if self.postponed:
-                self._catch_up(first, batch.events.used // sizeof(Event))
+                self._catch_up(first, count)
         finally:
             self.postponed = False
             batch_reset(&batch)
@@ -201,6 +208,20 @@ cdef class KvFeed:
                 self.rearranged = False
                 self.arrange(self.cache_groups())
         return 0
+
+    cdef void _foresee(self, const Event* event) noexcept:
+        # Indices are larger than the processor's caches: what an event looks up first comes while the one before it is
+        # applied, or its own tokens are hashed.
+        cdef const uint64_t* names = <uint64_t*>(batch.names.data + event.names)
+        cdef const Slot* slot
+        if self.tree is None or event.count == 0 or event.group >= self.group_count:
+            return
+        if self.groups[event.group].slots[event.tier] == UNPLACED:
+            return
+        slot = &self.tree.tree.slots[self.groups[event.group].slots[event.tier]]
+        if event.has_parent:
+            table_prefetch(&slot.names, event.parent)
+        slot_foresee(slot, names, event.count)
 
     cdef int _apply(self, Event* event, Applied applied) except -1:
         if event.kind == EVENT_STORED:
@@ -357,19 +378,22 @@ cdef class KvFeed:
         seqs = <uint64_t*>stack_push(&batch.seqs, (2 * count if width > 1 else count) * sizeof(uint64_t), &offset)
         if seqs == NULL:
             raise MemoryError
-        local_hashes(tokens, count, self.tree.block_size, seed, seqs)
-        if event.mark_count and mark_blocks(
-            <Mark*>(batch.marks.data + event.marks),
-            event.mark_count,
-            tokens,
-            count,
-            self.tree.block_size,
-            seed,
-            &batch.bytes,
-            seqs,
-        ):
-            raise MemoryError
-        chain_hashes(seqs, count, parent_seq)
+        if event.mark_count == 0:
+            sequence_run(tokens, count, self.tree.block_size, seed, parent_seq, seqs)
+        else:
+            local_hashes(tokens, count, self.tree.block_size, seed, seqs)
+            if mark_blocks(
+                <Mark*>(batch.marks.data + event.marks),
+                event.mark_count,
+                tokens,
+                count,
+                self.tree.block_size,
+                seed,
+                &batch.bytes,
+                seqs,
+            ):
+                raise MemoryError
+            chain_hashes(seqs, count, parent_seq)
         if width > 1:
             wide_names(names, seqs, event.count, width, seqs + count)
             names = seqs + count

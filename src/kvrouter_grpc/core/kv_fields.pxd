@@ -56,6 +56,10 @@ from kvrouter_grpc.core.stack cimport Stack, stack_push
 from kvrouter_grpc.core.target cimport MOST_GROUPS
 
 
+cdef extern from "kv_tokens.h" nogil:
+    size_t kv_fours(const uint8_t** cursor, const uint8_t* end, uint32_t* out, size_t count)
+
+
 cdef enum:
     MOST_NAMES = 1 << 20  # blocks of one event
     GROUPS = MOST_GROUPS
@@ -146,6 +150,7 @@ cdef inline bint read_tokens(Cursor* cursor, Batch* batch, Event* event, Told* t
     cdef Item item
     cdef uint32_t* tokens
     cdef uint64_t left
+    cdef uint64_t fours
     cdef uint64_t sure
     cdef uint64_t word
     cdef uint64_t i
@@ -164,6 +169,9 @@ cdef inline bint read_tokens(Cursor* cursor, Batch* batch, Event* event, Told* t
         return False
     at = cursor.at
     while left != 0:
+        fours = kv_fours(&at, cursor.end, tokens, left)
+        tokens += fours
+        left -= fours
         sure = <uint64_t>(cursor.end - at) >> 3  # tokens that surely have 8 bytes to be read from
         if sure > left:
             sure = left

@@ -32,7 +32,7 @@ from kvrouter_grpc.core.hash_table cimport Entry, table_find, table_init
 from kvrouter_grpc.core.invariants cimport tree_check
 from kvrouter_grpc.core.memory cimport release, resize
 from kvrouter_grpc.core.path cimport slot_remove_path
-from kvrouter_grpc.core.slot cimport named_place, place_edge, slot_clear, slot_copy, slot_remove, slot_store
+from kvrouter_grpc.core.slot cimport named_place, place_edge, slot_clear, slot_copy, slot_foresee, slot_remove, slot_store
 from kvrouter_grpc.core.tree cimport DEEPEST, Slot, edge_depth
 from kvrouter_grpc.core.walk cimport tree_extend, tree_match
 
@@ -148,6 +148,7 @@ cdef class RadixTree:
                 raise ValueError(f"engine_hashes: a prompt of more than {DEEPEST} blocks")
         if count == 0:
             return True
+        slot_foresee(&self.tree.slots[index], &engine_hashes[0], count)
         seqs = <uint64_t*>malloc(count * sizeof(uint64_t))
         if seqs == NULL:
             raise MemoryError
@@ -186,7 +187,11 @@ cdef class RadixTree:
         """Takes one reference from each engine hash; how many were unknown."""
         cdef uint32_t index = self._slot(slot)
         cdef size_t count = _count("engine_hashes", engine_hashes)
-        cdef int64_t unknown = slot_remove(&self.tree, index, &engine_hashes[0], count) if count else 0
+        cdef int64_t unknown
+        if count == 0:
+            return 0
+        slot_foresee(&self.tree.slots[index], &engine_hashes[0], count)
+        unknown = slot_remove(&self.tree, index, &engine_hashes[0], count)
         if unknown < 0:
             raise MemoryError("the index is full")
         return unknown

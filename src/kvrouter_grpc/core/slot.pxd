@@ -24,11 +24,13 @@ from kvrouter_grpc.core.edge cimport (
 from kvrouter_grpc.core.hash_table cimport (
     Entry,
     table_delete,
+    table_fill,
     table_find,
     table_free,
     table_prefetch,
     table_put,
     table_reserve,
+    table_seek,
     table_shrink,
 )
 from kvrouter_grpc.core.memory cimport release, resize
@@ -106,6 +108,13 @@ cdef inline int _add_alias(Tree* tree, Slot* slot, uint64_t place) noexcept nogi
     return 0
 
 
+cdef inline void slot_foresee(const Slot* slot, const uint64_t* names, size_t count) noexcept nogil:
+    """Fetches the entries of the names that are stored or removed first; those behind are fetched on the way."""
+    cdef size_t i
+    for i in range(AHEAD if AHEAD < count else count):
+        table_prefetch(&slot.names, names[i])
+
+
 # --- storing -----------------------------------------------------------------------------------------------------
 
 
@@ -157,14 +166,15 @@ cdef inline int _move(
 cdef inline int _name(
     Tree* tree, uint32_t slot_id, uint64_t name, Edge* edge, uint32_t at, uint32_t block, Moves* moves
 ) noexcept nogil:
-    # The slot stored this engine hash, which names this block; its cover has the index `at`. -1: no memory.
+    # The slot stored this engine hash, which names this block; its cover has the index `at`, and there is room for a
+    # name. -1: no memory.
     cdef Slot* slot = &tree.slots[slot_id]
     cdef uint64_t place = place_of(edge, block)
-    cdef Entry* entry = table_find(&slot.names, name)
-    if entry == NULL:
+    cdef Entry* entry = table_seek(&slot.names, name)
+    if entry.value == 0:
         if _gain(tree, slot, edge, at, block):
             return -1
-        table_put(&slot.names, name, place << REFERENCE_BITS | 1)
+        table_fill(&slot.names, entry, name, place << REFERENCE_BITS | 1)
         return 0
     if named_place(entry) != place:
         return _move(tree, slot_id, entry, edge, at, block, moves)
@@ -214,7 +224,8 @@ cdef inline int _store(
     cdef Edge* child
     while done < count:
         if edge == NULL or block == edge.length:
-            child = tree_child(tree, seqs[done], edge)
+            # Most stores go on at the end of a leaf, which has no children to look for.
+            child = NULL if edge != NULL and edge.children == 0 else tree_child(tree, seqs[done], edge)
             if child == NULL and edge != NULL and tree_can_lengthen(edge, count - done):
                 if tree_lengthen(tree, edge, seqs + done, count - done):
                     return -1
@@ -361,8 +372,6 @@ cdef inline int64_t slot_remove(Tree* tree, uint32_t slot_id, const uint64_t* na
     site.edge = NULL
     site.at = 0
     site.cut = False
-    for i in range(AHEAD if AHEAD < count else count):
-        table_prefetch(&slot.names, names[i])
     for i in range(count):
         if i + AHEAD < count:
             table_prefetch(&slot.names, names[i + AHEAD])
