@@ -3,10 +3,11 @@
 from dataclasses import dataclass, field
 from itertools import pairwise
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvrouter_grpc.events.pacer import FLOOR, LONGEST_SLICE_S, OTHERS_S, PAUSE_S, SLICE_S, Pacer
+from kvrouter_grpc.events.pacer import FLOOR, GATHER_S, LONGEST_SLICE_S, OTHERS_S, PAUSE_S, SLICE_S, Pacer
 
 TURN_S = 0.000_001  # of an event loop with nothing to do
 
@@ -92,8 +93,17 @@ def test_what_trickles_in_is_gathered() -> None:
     pacer = Pacer()
     assert pacer.slice(1.0, 0.0) == SLICE_S
     pacer.worked(1.0, 0.0, more=False)
-    assert pacer.slice(1.0 + PAUSE_S / 2, 0.0) == 0.0
-    assert pacer.slice(1.0 + 2 * PAUSE_S, 0.0) == SLICE_S
+    soon = 1.0 + GATHER_S / 2
+    assert pacer.slice(soon, 0.0) == 0.0
+    assert pacer.pause(soon) == pytest.approx(GATHER_S / 2)
+    assert pacer.slice(soon + pacer.pause(soon), 0.0) == SLICE_S
+
+
+def test_what_was_gathered_on_purpose_earns_no_longer_slice() -> None:
+    pacer = Pacer()
+    pacer.worked(1.0, 0.0, more=False)
+    assert pacer.slice(1.0 + GATHER_S / 2, 1.0) == 0.0
+    assert pacer.slice(1.0 + GATHER_S, 2.0) == SLICE_S
 
 
 def test_what_comes_after_a_rest_gets_a_short_slice() -> None:
@@ -107,18 +117,20 @@ def test_what_comes_after_a_rest_gets_a_short_slice() -> None:
 def test_any_schedule(turns: list[tuple[float, float, bool]]) -> None:
     """Slices are bounded, and while others work there is at most one per pause."""
     loop = Loop()
-    ended = -1.0
+    ended, backlog = -1.0, False
     for busy, asleep, more in turns:
         loop.others(busy)
         loop.now += asleep
         length = loop.pacer.slice(loop.now, loop.cpu)
         assert length == 0.0 or SLICE_S <= length <= LONGEST_SLICE_S
-        if loop.now - ended >= PAUSE_S:
-            assert length, "nothing waits longer than a pause"
-        elif busy > OTHERS_S:
+        if loop.now - ended >= (PAUSE_S if backlog else GATHER_S):
+            assert length, "nothing waits longer"
+        elif busy > OTHERS_S or not backlog:
             assert not length
+            assert 0 < loop.pacer.pause(loop.now) <= GATHER_S
         if length:
             loop.now += length
             loop.cpu += length
             ended = loop.now
+            backlog = more
             loop.pacer.worked(loop.now, loop.cpu, more=more)

@@ -6,7 +6,8 @@ slice. As long as that is next to none, slices follow each other with two turns 
 just arrived shows itself. From then on there is one slice per pause, long enough for a whole decision, until a pause
 has passed in which nobody worked.
 
-What trickles in is gathered for a pause, too: to be woken for each message costs more than the message.
+When everything is worked off, what comes next is gathered for a while: to look at a stream costs as much as the
+messages that it has by then, and each costs the engine tens of milliseconds anyway.
 """
 
 import math
@@ -15,8 +16,10 @@ SLICE_S = 0.000_2
 """Length of a slice: how long a call may wait that arrives amid one."""
 
 PAUSE_S = 0.001
-"""Time between two slices while others work, or while there is no backlog: the event loop's timers are no finer, and a
-decision takes half of it."""
+"""Time between two slices while others work: the event loop's timers are no finer, and a decision takes half of it."""
+
+GATHER_S = 0.004
+"""Time between two slices when the first has left nothing to do. What comes after a longer rest does not wait."""
 
 OTHERS_S = 0.000_02
 """CPU time since the last slice above which others are at work; an empty turn takes 1 us, a call 100 to 300 us."""
@@ -43,7 +46,9 @@ class Pacer:
         self._others = False  # somebody else worked lately
 
     def slice(self, now: float, cpu: float) -> float:
-        """How long may be worked now; 0.0 for not at all: wait `PAUSE_S` and ask again."""
+        """How long may be worked now; 0.0 for not at all: wait for `pause` and ask again."""
+        if not self._backlog and now - self._ended < GATHER_S:
+            return 0.0
         if self._waiting_since is None:
             self._waiting_since = now
         rested = now - self._ended >= PAUSE_S
@@ -51,12 +56,16 @@ class Pacer:
             self._others = True
         elif rested:
             self._others = False
-        if not rested and (self._others or not self._backlog):
+        if self._others and not rested:
             return 0.0
         if not self._others:
             return SLICE_S
         waited = now - self._waiting_since
         return min(max(waited * FLOOR / (1 - FLOOR), SLICE_S), LONGEST_SLICE_S)
+
+    def pause(self, now: float) -> float:
+        """Seconds to wait after `slice` said no."""
+        return PAUSE_S if self._backlog else max(self._ended + GATHER_S - now, 0.0)
 
     def worked(self, now: float, cpu: float, *, more: bool) -> None:
         """A slice is over; whether there is more to do."""

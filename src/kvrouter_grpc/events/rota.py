@@ -7,7 +7,7 @@ import time
 from collections import deque
 from typing import Protocol
 
-from kvrouter_grpc.events.pacer import PAUSE_S, Pacer
+from kvrouter_grpc.events.pacer import Pacer
 
 TURNS = 2
 """Turns of the event loop between two slices: in the first what arrived meanwhile is read, in the second it works."""
@@ -85,6 +85,9 @@ class Place:
 class Rota:
     """Streams that share an event loop. `run()` lasts until it is cancelled.
 
+    Everybody who has something to do gets one turn per round; who is called meanwhile, or has more than fits into a
+    slice, is in the next. So a stream gathers what comes for a round, instead of being looked at for each message.
+
     All descriptors are in one edge-triggered epoll, which alone the event loop watches: it is told once of a socket
     with news, and not again in every turn until somebody has read it.
     """
@@ -92,7 +95,9 @@ class Rota:
     def __init__(self) -> None:
         self._epoll = select.epoll()
         self._watched: dict[int, Place] = {}  # by descriptor
-        self._queue: deque[Place] = deque()
+        self._round: deque[Place] = deque()  # who is still to come
+        self._next: deque[Place] = deque()  # who is in the next round
+        self._more = False  # one of those has more to do than it had time for
         self._called = asyncio.Event()
         self._pacer = Pacer()
         self._own_cpu = 0.0  # spent outside slices
@@ -109,29 +114,33 @@ class Rota:
         loop.add_reader(self._epoll.fileno(), self._hear)
         try:
             while True:
-                if not self._queue:
+                if not self._round and not self._next:
                     self._called.clear()
                     await self._called.wait()
                 length = self._pacer.slice(time.perf_counter(), self._others_cpu())
                 if not length:
-                    await asyncio.sleep(PAUSE_S)
+                    await asyncio.sleep(self._pacer.pause(time.perf_counter()))
                     continue
                 self._work(loop.time(), time.perf_counter() + length)
-                self._pacer.worked(time.perf_counter(), self._others_cpu(), more=bool(self._queue))
+                self._pacer.worked(time.perf_counter(), self._others_cpu(), more=bool(self._round) or self._more)
                 for _ in range(TURNS):
                     await asyncio.sleep(0)
         finally:
             loop.remove_reader(self._epoll.fileno())
 
     def _work(self, now: float, ends_at: float) -> None:
-        while self._queue and time.perf_counter() < ends_at:
-            place = self._queue.popleft()
+        if not self._round:
+            self._round, self._next = self._next, self._round
+            self._more = False
+        while self._round and time.perf_counter() < ends_at:
+            place = self._round.popleft()
             place.waiting = False
             if place.work(now, ends_at):
                 self.call(place)
+                self._more = True
 
     def _hear(self) -> None:
-        """Queue the streams whose descriptors have news."""
+        """Call the streams whose descriptors have news."""
         started = time.thread_time()
         for descriptor, _ in self._epoll.poll(0):
             if descriptor in self._watched:
@@ -144,10 +153,10 @@ class Rota:
     # --- what a `Place` asks for -----------------------------------------------------------------------------------
 
     def call(self, place: Place) -> None:
-        """Queue a stream, unless it waits already."""
+        """Let a stream take part in the next round, unless it waits for its turn already."""
         if not place.waiting:
             place.waiting = True
-            self._queue.append(place)
+            self._next.append(place)
             self._called.set()
 
     def watch(self, descriptor: int, place: Place) -> None:
@@ -163,5 +172,6 @@ class Rota:
     def leave(self, place: Place) -> None:
         """Forget a stream."""
         if place.waiting:
-            self._queue.remove(place)
+            queue = self._round if place in self._round else self._next
+            queue.remove(place)
         place.waiting = True  # whoever calls it now is not heard

@@ -118,8 +118,12 @@ class EventSockets:
     @property
     def drained(self) -> bool:
         """Whether the last reads left nothing behind."""
-        receivers = (self._live, self._monitor, self._replay)
-        return all(receiver is None or receiver.drained for receiver in receivers)
+        # Asked once per look at the stream, so it is written out.
+        return (
+            (self._live is None or self._live.drained)
+            and (self._monitor is None or self._monitor.drained)
+            and (self._replay is None or self._replay.drained)
+        )
 
     def _open(self, kind: zmq.SocketType) -> Socket:
         config = self._config
