@@ -1,6 +1,7 @@
 """The composition root: builds every part from the configuration, runs them together and takes them down in order."""
 
 import asyncio
+import contextlib
 import json
 import os
 import random
@@ -28,6 +29,9 @@ from kvrouter_grpc.upstream.session import engine_session
 
 ZMQ_MAX_SOCKETS = 65_536
 """Sockets of one ZMQ context; the library's default of 1,023 ends at about 250 workers."""
+
+READINESS_S = 0.02
+"""How often a router that is not ready looks whether it is."""
 
 log = structlog.get_logger(__name__)
 
@@ -137,15 +141,22 @@ class App:
         said: list[str] | None = None
         was = False
         while True:
+            changed = self._changed.is_set() or said is None
             self._changed.clear()
             ready = fleet.ready
-            findings = fleet.findings()
             server.health.set_ready(ready)
-            if ready != was or findings != said:
-                level = log.info if ready and not findings else log.warning
-                level("ready" if ready else "not ready", findings=findings)
+            if changed or ready != was:
+                findings = fleet.findings()
+                if ready != was or findings != said:
+                    level = log.info if ready and not findings else log.warning
+                    level("ready" if ready else "not ready", findings=findings)
                 was, said = ready, findings
-            await self._changed.wait()
+            if ready:
+                await self._changed.wait()
+                continue
+            with contextlib.suppress(TimeoutError):  # time, too, makes it ready
+                async with asyncio.timeout(READINESS_S):
+                    await self._changed.wait()
 
     async def _drain(self, server: GrpcServer) -> None:
         config = self._config.server

@@ -14,7 +14,8 @@ from google.rpc import error_details_pb2, status_pb2
 
 from kvrouter_grpc._gen import admin_pb2_grpc, router_pb2, router_pb2_grpc
 from kvrouter_grpc.config import EventsConfig, RouterConfig, ServerConfig, UpstreamConfig
-from kvrouter_grpc.discovery.fleet import Fleet, WorkerView
+from kvrouter_grpc.discovery.fleet import Fleet
+from kvrouter_grpc.discovery.view import WorkerView
 from kvrouter_grpc.mock_worker import MockWorker, MockWorkerConfig
 from kvrouter_grpc.routing.router import Router
 from kvrouter_grpc.server.server import Addresses, GrpcServer

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import grpc.aio
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from kvrouter_grpc._gen import admin_pb2, admin_pb2_grpc, router_pb2, router_pb2_grpc
 from kvrouter_grpc.app import App
@@ -29,6 +30,14 @@ async def until(condition: Callable[[], Any], what: str = "") -> None:
                 await asyncio.sleep(0.005)
     except TimeoutError:
         raise AssertionError(f"it never came true: {what or condition}") from None
+
+
+async def in_service(channel: grpc.aio.Channel) -> None:
+    """Wait until load balancers are told that the router takes requests."""
+    async with asyncio.timeout(DEADLINE_S):
+        async for reply in health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest()):
+            if reply.status == health_pb2.HealthCheckResponse.SERVING:
+                return
 
 
 @dataclass
@@ -153,8 +162,10 @@ async def serving(
             for name, engine in engines.items():
                 for rank in range(engine.config.dp_size if engine.config.kv_events else 0):
                     stream = running_stack.router.index.stream(running_stack.target(name, rank))
-                    await until(lambda stream=stream: stream.state.value in ("live", "cold"), f"{name}: {stream}")
+                    await until(lambda stream=stream: stream.settled, f"{name}: {stream}")
+            if engines:
+                await in_service(channel)
         yield running_stack
 
 
-__all__ = ["ENDPOINT", "FAST", "Stack", "admin_pb2", "router_pb2", "running", "serving", "until"]
+__all__ = ["ENDPOINT", "FAST", "Stack", "admin_pb2", "in_service", "router_pb2", "running", "serving", "until"]

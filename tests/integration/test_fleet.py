@@ -8,7 +8,7 @@ import grpc
 import pytest
 from google.protobuf.duration_pb2 import Duration
 
-from integration.stack import ENDPOINT, FAST, admin_pb2, router_pb2, running, until
+from integration.stack import ENDPOINT, FAST, admin_pb2, in_service, router_pb2, running, until
 from kvrouter_grpc.mock_worker import MockWorker, MockWorkerConfig
 from kvrouter_grpc.routing.workers import worker_id_of
 
@@ -138,7 +138,7 @@ async def test_a_worker_that_is_not_there_yet_is_taken_in_when_it_comes():
             assert not reply.ready
             assert any("a is unhealthy" in finding for finding in reply.findings)
             await placeholder.restart()
-            await stack.ready("a")
+            await in_service(stack.channel)
             assert (await listed(stack))[1].ready
 
 
@@ -184,7 +184,7 @@ async def test_min_initial_workers_holds_readiness_back():
             assert not reply.ready
             assert "1 of at least 2 workers are ready" in reply.findings
             await late.restart()
-            await stack.ready("b")
+            await in_service(stack.channel)
             assert (await listed(stack))[1].ready
 
 

@@ -125,6 +125,12 @@ class Sink:
     def stream(self, target: Target) -> StreamStatus:
         return self.status
 
+    def doubt(self, target: Target) -> None:
+        pass
+
+    def renewed(self, target: Target) -> bool:
+        return False
+
     def refresh(self, target: Target) -> None:
         assert target == TARGET
 

@@ -42,6 +42,15 @@ class Pair:
     def remove(self, slot, names):
         return self._both("remove", slot, array("Q", names))
 
+    def doubt(self, slot):
+        return self._both("doubt", slot)
+
+    def drop_doubted(self, slot, *, prefixes):
+        most = 1 << 20
+        got = self.tree.drop_doubted(slot, most, prefixes=prefixes)
+        assert got == self.twin.drop_doubted(slot, most, prefixes=prefixes)
+        return got
+
     def match(self, seqs):
         return self._both("match", array("Q", seqs))
 

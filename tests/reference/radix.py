@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import xxhash
 
-MOST_REFERENCES = 262_143
+MOST_REFERENCES = 131_071
 
 
 @lru_cache(maxsize=1 << 16)
@@ -52,6 +52,8 @@ class Slot:
 
     names: dict[int, tuple[Block, int]] = field(default_factory=dict)
     held: Counter = field(default_factory=Counter)  # (seq, depth) -> engine hashes that name it
+    doubted: set[int] = field(default_factory=set)  # engine hashes
+    stored: int = 0
 
     def gain(self, block):
         self.held[block.seq, block.depth] += 1
@@ -81,7 +83,7 @@ class ReferenceTree:
 
     def clear(self, slot):
         dropped = len(self.slots[slot].names)
-        self.slots[slot] = Slot()
+        self.slots[slot] = Slot(stored=self.slots[slot].stored)
         return dropped
 
     def store(self, slot, parent, engine_hashes, tokens, seed, mm_hashes=None, parent_slot=-1):
@@ -134,6 +136,10 @@ class ReferenceTree:
 
     def _name(self, slot, name, block):
         old, references = slot.names.get(name, (None, 0))
+        slot.stored += 1
+        if name in slot.doubted:
+            slot.doubted.remove(name)
+            references = 0
         if old == block:
             slot.names[name] = block, min(references + 1, MOST_REFERENCES)
             self.duplicates += 1
@@ -157,7 +163,37 @@ class ReferenceTree:
         elif references == 1:
             del slot.names[name]
             slot.lose(block)
+            slot.doubted.discard(name)
         return references > 0
+
+    def doubt(self, slot):
+        self.slots[slot].doubted = set(self.slots[slot].names)
+        return len(self.slots[slot].names)
+
+    def drop_doubted(self, slot, most, *, prefixes=False):
+        """All of them at once: which ones go first is the core's own affair, so `most` must not be what limits it."""
+        slot = self.slots[slot]
+        vouched = set()
+        for name in slot.names.keys() - slot.doubted:
+            block = slot.names[name][0]
+            while prefixes and block is not None and block not in vouched:
+                vouched.add(block)
+                block = self.above.get(block)
+        dropped = 0
+        for name in slot.doubted:
+            block = slot.names[name][0]
+            if block in vouched:
+                slot.names[name] = block, 1
+            else:
+                del slot.names[name]
+                slot.lose(block)
+                dropped += 1
+        slot.doubted = set()
+        assert dropped <= most
+        return dropped
+
+    def stored(self, slot):
+        return self.slots[slot].stored
 
     def holds(self, slot, engine_hash):
         return engine_hash in self.slots[slot].names

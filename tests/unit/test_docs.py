@@ -1,11 +1,13 @@
 """The pages: their links lead somewhere, and what they say of flags, settings and errors is so."""
 
+import inspect
 import json
 import re
 from pathlib import Path
 
 import pytest
 
+from kvrouter_grpc import advice
 from kvrouter_grpc.config.settings import SETTINGS, WORKER_SETTINGS
 from kvrouter_grpc.server import status
 from pages import PAGES, ROOT, anchors, blocks, commands, links, prose
@@ -111,3 +113,41 @@ def test_defaults_that_are_named_are_the_defaults() -> None:
     assert "| `--router-mode` | `round-robin` | `kv` |" in text
     (weight,) = re.findall(r"k = --router-new-work-weight = (\d+)", (ROOT / "docs/contract.md").read_text())
     assert float(weight) == SETTINGS["router.new_work_weight"].default
+
+
+def _rows_of(page: Path, heading: str) -> list[list[str]]:
+    """The cells of the table below a heading."""
+    text = page.read_text().split(f"\n## {heading}\n", 1)[1].split("\n## ", 1)[0]
+    rows = [[cell.strip() for cell in line.strip("|").split(" | ")] for line in text.splitlines() if line[:1] == "|"]
+    return rows[2:]
+
+
+def test_every_sentence_about_a_worker_has_its_row() -> None:
+    """What the running router says is explained where one looks, with the effect that it has."""
+    said = {
+        advice.events_off(),
+        advice.events_nowhere(),
+        advice.events_unreached("tcp://host:5557"),
+        advice.not_zeromq("tcp://host:8000"),
+        advice.no_address("udp://host:5557"),
+        advice.wrong_topic("kv", {"a", "b"}),
+        advice.block_sizes_differ("w0", 32, "its KV events", 16),
+        advice.block_size_misconfigured("w0", 32, 16),
+        advice.no_prefix_caching(),
+        advice.cached_tokens_untold(),
+        advice.reports_reused("9 blocks in a cache of 8"),
+        advice.group_unjudged([1, 2]),
+    }
+    makers = {
+        name for name, each in vars(advice).items() if inspect.isfunction(each) and each.__module__ == advice.__name__
+    }
+    assert len(makers) == len(said), "a sentence is missing above"
+    rows = {row[0].strip("`"): row for row in _rows_of(ROOT / "docs" / "troubleshooting.md", "What the findings say")}
+    assert rows.keys() == {each.fault for each in said}
+    for each in said:
+        _, finding, effect, _ = rows[each.fault]
+        pattern = re.escape(finding.strip("`")).replace(r"\.\.\.", ".+")
+        assert re.fullmatch(pattern, each.seen), each
+        assert effect == each.effect.value, each
+    effects = [row[0] for row in _rows_of(ROOT / "docs" / "check.md", "What readiness makes of it")]
+    assert effects == [effect.value for effect in advice.Effect]

@@ -251,9 +251,9 @@ def test_match_writes_into_the_given_array(tree):
 def test_more_references_than_are_counted_stop_at_the_limit(tree):
     a = tree.add_slot()
     hashes, tokens = names(1), prompt(1)
-    for _ in range(262_143 + 5):
+    for _ in range(131_071 + 5):
         tree.store(a, None, hashes, tokens, SEED)
-    assert tree.remove(a, array("Q", [1] * 262_142)) == 0
+    assert tree.remove(a, array("Q", [1] * 131_070)) == 0
     assert tree.holds(a, 1)
     assert tree.remove(a, names(1, 1)) == 1
 

@@ -61,6 +61,7 @@ class RadixMachine(RuleBasedStateMachine):
             written = write_slot(other, 0)
         tree.clear(slot)
         read_slot(tree, slot, written)
+        self.pair.twin.slots[slot].doubted.clear()
 
     @rule(data=st.data(), blocks=st.integers(0, MOST_BLOCKS))
     def store_below(self, data, blocks):
@@ -112,6 +113,14 @@ class RadixMachine(RuleBasedStateMachine):
     @rule(data=st.data())
     def clear(self, data):
         self.pair.clear(self._slot(data))
+
+    @rule(data=st.data())
+    def doubt(self, data):
+        self.pair.doubt(self._slot(data))
+
+    @rule(data=st.data(), prefixes=st.booleans())
+    def drop_doubted(self, data, prefixes):
+        self.pair.drop_doubted(self._slot(data), prefixes=prefixes)
 
     @precondition(lambda self: len(self.pair.twin.slots) > 1)
     @rule(data=st.data())

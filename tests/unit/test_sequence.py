@@ -252,14 +252,14 @@ def test_counters() -> None:
     stream = synced(0, 4)
     assert stream.tracker.gaps == 1
     stream.replay(0, 1, 2, 3, 4)
-    assert (stream.tracker.gaps, stream.tracker.missed, stream.tracker.partial) == (1, 0, False)
+    assert (stream.tracker.gaps, stream.tracker.coverage.missed, stream.tracker.coverage.partial) == (1, 0, False)
     stream.live(9)
     for _ in range(2):
         stream.replay(7, 8, 9)
-    assert (stream.tracker.gaps, stream.tracker.missed, stream.tracker.restarts) == (2, 2, 0)
+    assert (stream.tracker.gaps, stream.tracker.coverage.missed, stream.tracker.restarts) == (2, 2, 0)
     assert "2 batches are lost" in stream.tracker.detail
     stream.live(0, process="b")
-    assert (stream.tracker.missed, stream.tracker.restarts) == (2, 1)
+    assert (stream.tracker.coverage.missed, stream.tracker.restarts) == (2, 1)
 
 
 def test_history_before_the_ring_is_no_loss() -> None:
@@ -267,7 +267,7 @@ def test_history_before_the_ring_is_no_loss() -> None:
     stream.live(9)
     stream.replay(7, 8, 9)
     assert stream.taken == [7, 8, 9]
-    assert (stream.tracker.partial, stream.tracker.missed, stream.tracker.gaps) == (True, 0, 0)
+    assert (stream.tracker.coverage.partial, stream.tracker.coverage.missed, stream.tracker.gaps) == (True, 0, 0)
 
 
 def test_an_empty_cache_makes_a_stale_stream_true_again() -> None:
@@ -276,7 +276,7 @@ def test_an_empty_cache_makes_a_stale_stream_true_again() -> None:
     stream.live(6)
     stream.tracker.cleared()
     assert stream.state is LIVE
-    assert not stream.tracker.partial
+    assert not stream.tracker.coverage.partial
 
 
 # --- without a replay port -----------------------------------------------------------------------------------------
@@ -286,14 +286,14 @@ def test_without_replay_the_stream_begins_where_it_begins() -> None:
     stream = connected(replay=False)
     assert stream.state is COLD
     assert stream.live(3) == [APPLY]
-    assert (stream.state, stream.tracker.partial) == (LIVE, True)
+    assert (stream.state, stream.tracker.coverage.partial) == (LIVE, True)
 
 
 def test_without_replay_a_gap_is_final_and_what_follows_is_taken() -> None:
     stream = connected(replay=False)
     assert stream.live(0, 1, 4, 5) == [APPLY, APPLY, GAP, APPLY]
     assert stream.taken == [0, 1, 4, 5]
-    assert (stream.state, stream.tracker.missed) == (STALE, 2)
+    assert (stream.state, stream.tracker.coverage.missed) == (STALE, 2)
 
 
 def test_without_replay_a_late_batch_is_no_restart() -> None:
@@ -366,7 +366,7 @@ def test_an_unreadable_batch_is_asked_for_again() -> None:
     stream.live(2)
     stream.replay(0, 1, 2)
     assert stream.taken == [0, 1, 2]
-    assert (stream.state, stream.tracker.gaps, stream.tracker.missed) == (LIVE, 1, 0)
+    assert (stream.state, stream.tracker.gaps, stream.tracker.coverage.missed) == (LIVE, 1, 0)
 
 
 def test_a_batch_the_engine_wrote_unreadable_is_given_up() -> None:
@@ -379,7 +379,7 @@ def test_a_batch_the_engine_wrote_unreadable_is_given_up() -> None:
         stream.drain(stream.tracker.replayed(seq, payload))
     stream.drain(stream.tracker.replay_ended())
     assert stream.taken == [0, 2]
-    assert (stream.state, stream.tracker.missed) == (STALE, 1)
+    assert (stream.state, stream.tracker.coverage.missed) == (STALE, 1)
     assert not stream.tracker.repairable
 
 
@@ -389,7 +389,7 @@ def test_an_engine_of_which_nothing_can_be_read_is_stale_and_does_not_cost_a_rep
     stream.replay(0, process="bad")
     stream.live(1, 2, 3, process="bad")
     assert not stream.tracker.wants_replay
-    assert (stream.state, stream.taken, stream.tracker.missed) == (STALE, [], 4)
+    assert (stream.state, stream.taken, stream.tracker.coverage.missed) == (STALE, [], 4)
 
 
 # --- restarts and repairs ------------------------------------------------------------------------------------------
@@ -407,7 +407,7 @@ def test_batches_that_the_ring_has_not_reached_are_of_a_dead_process() -> None:
     stream = synced(0)
     stream.live(5, process="dead")
     assert [stream.replay(0)[-1] for _ in range(3)] == [GAP, GAP, APPLY]
-    assert (stream.taken, stream.state, stream.tracker.missed) == ([0], LIVE, 0)
+    assert (stream.taken, stream.state, stream.tracker.coverage.missed) == ([0], LIVE, 0)
     assert stream.live(1) == [APPLY]
 
 
@@ -418,7 +418,7 @@ def test_an_answer_that_breaks_off_says_nothing_about_the_end_of_the_ring() -> N
         stream.replay(0, ends=False)
         stream.tracker.replay_failed()
     stream.drain(APPLY)
-    assert (stream.taken, stream.state, stream.tracker.missed) == ([0, 5], STALE, 4)
+    assert (stream.taken, stream.state, stream.tracker.coverage.missed) == ([0, 5], STALE, 4)
 
 
 def test_low_numbers_behind_an_echo_of_the_old_process_are_looked_into_at_once() -> None:
@@ -445,12 +445,12 @@ def test_a_picture_begun_anew_takes_what_the_ring_still_has() -> None:
     stream = synced()
     stream.live(0, 1, 2)
     assert stream.drain(stream.tracker.resync()) is RESTART
-    assert (stream.tracker.taken, stream.state) == (0, SYNCING)
+    assert (stream.tracker.coverage.taken, stream.state) == (0, SYNCING)
     stream.live(3)
     stream.replay(0, 1, 2, 3)
     assert (stream.asked, stream.taken) == (0, [0, 1, 2, "|", 0, 1, 2, 3])
-    assert (stream.state, stream.tracker.restarts, stream.tracker.partial) == (LIVE, 0, False)
-    assert (stream.tracker.taken, stream.tracker.lost, stream.tracker.behind) == (4, 0, 0)
+    assert (stream.state, stream.tracker.restarts, stream.tracker.coverage.partial) == (LIVE, 0, False)
+    assert (stream.tracker.coverage.taken, stream.tracker.coverage.lost, stream.tracker.behind) == (4, 0, 0)
 
 
 def test_a_picture_begun_anew_from_a_ring_that_has_rolled_is_partial() -> None:
@@ -459,7 +459,7 @@ def test_a_picture_begun_anew_from_a_ring_that_has_rolled_is_partial() -> None:
     stream.drain(stream.tracker.resync())
     stream.replay(1, 2)
     assert stream.taken[3:] == ["|", 1, 2]
-    assert (stream.state, stream.tracker.partial, stream.tracker.missed) == (LIVE, True, 0)
+    assert (stream.state, stream.tracker.coverage.partial, stream.tracker.coverage.missed) == (LIVE, True, 0)
 
 
 def test_a_picture_begun_anew_without_a_replay_port_goes_on_with_what_comes() -> None:
@@ -467,7 +467,7 @@ def test_a_picture_begun_anew_without_a_replay_port_goes_on_with_what_comes() ->
     stream.live(0, 1)
     assert stream.drain(stream.tracker.resync()) is RESTART
     stream.live(2)
-    assert (stream.taken, stream.state, stream.tracker.partial) == ([0, 1, "|", 2], LIVE, True)
+    assert (stream.taken, stream.state, stream.tracker.coverage.partial) == ([0, 1, "|", 2], LIVE, True)
     assert connected().tracker.resync() is DUPLICATE
 
 
@@ -475,11 +475,11 @@ def test_how_far_it_is_behind_and_in_doubt() -> None:
     stream = synced()
     assert not stream.tracker.doubted
     stream.live(0, 1)
-    assert (stream.tracker.taken, stream.tracker.behind) == (2, 0)
+    assert (stream.tracker.coverage.taken, stream.tracker.behind) == (2, 0)
     stream.live(4, 5)
-    assert (stream.tracker.taken, stream.tracker.behind) == (2, 4)
+    assert (stream.tracker.coverage.taken, stream.tracker.behind) == (2, 4)
     stream.replay(1, 2, 3)
-    assert (stream.tracker.taken, stream.tracker.behind) == (6, 0)
+    assert (stream.tracker.coverage.taken, stream.tracker.behind) == (6, 0)
     stream.tracker.disconnected()
     assert stream.tracker.doubted
     stream.tracker.connected()
@@ -516,9 +516,9 @@ def test_a_repair_forgets_and_reads_again() -> None:
     stream = synced(0, 5)
     for _ in range(2):
         stream.silence()
-    assert stream.tracker.missed == 4
+    assert stream.tracker.coverage.missed == 4
     stream.tracker.audit()
     stream.live(6)
     stream.replay(*range(7))
     assert stream.taken == [0, 5, 6, "|", *range(7)]
-    assert (stream.state, stream.tracker.missed, stream.tracker.restarts) == (LIVE, 0, 0)
+    assert (stream.state, stream.tracker.coverage.missed, stream.tracker.restarts) == (LIVE, 0, 0)

@@ -252,12 +252,12 @@ class StreamMachine(RuleBasedStateMachine):
         assert state in (StreamState.LIVE, StreamState.STALE)
         assert self.applied[-1] == everything[-1], "a live worker must be indexed"
         tracker = self.tracker
-        assert (tracker.taken, tracker.behind) == (len(self.applied), 0)
+        assert (tracker.coverage.taken, tracker.behind) == (len(self.applied), 0)
         if state is StreamState.LIVE:
-            assert (tracker.lost, tracker.doubted) == (0, False), "what is repaired is trusted again"
+            assert (tracker.coverage.lost, tracker.doubted) == (0, False), "what is repaired is trusted again"
             dead = {process for process, _ in self.applied} - {self.publisher.process}
             assert not dead, "blocks of a dead process remain"
-        if state is StreamState.LIVE and not self.tracker.partial:
+        if state is StreamState.LIVE and not self.tracker.coverage.partial:
             assert self.applied == everything, "it says it knows everything"
         if state is StreamState.LIVE:
             assert self.applied == everything[-len(self.applied) :], "it says nothing was lost since its first batch"
@@ -265,7 +265,7 @@ class StreamMachine(RuleBasedStateMachine):
         if self.can_replay and self.publisher.count <= room and (audits or not self.tracker.repairable):
             assert self.applied == everything, "the ring holds the whole history"
             assert state is StreamState.LIVE
-            assert not self.tracker.partial
+            assert not self.tracker.coverage.partial
 
 
 class DeafStreamMachine(StreamMachine):

@@ -276,7 +276,7 @@ def test_the_copy_of_the_last_batch_proves_the_process_and_the_stream_goes_on():
     assert asked == 4
     assert Verdict.RESTART not in verdicts
     assert taken == [5, 6]
-    assert (one.state, one.restarts, one.partial) == (StreamState.LIVE, 0, False)
+    assert (one.state, one.restarts, one.coverage.partial) == (StreamState.LIVE, 0, False)
     assert one.position._replace(content=0) == StreamPosition(7, 0, 7)
 
 
@@ -296,13 +296,13 @@ def test_a_ring_that_rolled_past_the_proof_is_another_process():
     assert Verdict.RESTART not in answered(one, 8, 9)[1]
     assert answered(one, 8, 9)[1][-1] is Verdict.RESTART
     assert answered(one, 8, 9)[2] == [8, 9]
-    assert one.partial
+    assert one.coverage.partial
 
 
 def test_faults_are_passed_on_and_can_be_repaired():
     one = resumed(lost=2, partial=True)
     answered(one, 4)
-    assert (one.state, one.missed, one.partial) == (StreamState.STALE, 2, True)
+    assert (one.state, one.coverage.missed, one.coverage.partial) == (StreamState.STALE, 2, True)
     assert one.repairable
     assert one.position._replace(content=0) == StreamPosition(5, 0, 5, partial=True, lost=2)
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from kvrouter_grpc.discovery.fleet import StreamView, WorkerView
+from kvrouter_grpc.discovery.view import StreamView, WorkerView
 from kvrouter_grpc.routing.prediction import HitPrediction
 from kvrouter_grpc.routing.stream import StreamStatus
 from kvrouter_grpc.server.worker_messages import worker_status

@@ -101,6 +101,28 @@ class RadixTree:
         Unknown ones are ignored.
         """
 
+    def doubt(self, slot: int) -> int:
+        """Doubts all that the slot holds: events were lost, so some of it may be gone. It counts as held all the same.
+
+        A block that is stored again is doubted no longer, and counts as stored once.
+
+        Returns:
+            How many engine hashes that are.
+        """
+
+    def drop_doubted(self, slot: int, most: int, *, prefixes: bool = False) -> int:
+        """Drops doubted blocks. Those that are kept for their vouchers are doubted no longer.
+
+        Args:
+            slot: Whose.
+            most: How many at most, 1 to 2**20: it takes time.
+            prefixes: Whether a block that is not doubted vouches for all blocks above it: nothing is computed behind a
+                prefix that is not held. So it is in the first tier of a full attention group.
+
+        Returns:
+            How many; 0 when no doubt is left.
+        """
+
     def holds(self, slot: int, engine_hash: int) -> bool:
         """Whether the slot holds this engine hash."""
 
@@ -127,6 +149,9 @@ class RadixTree:
 
     def blocks(self, slot: int) -> int:
         """How many distinct engine hashes the slot holds."""
+
+    def stored(self, slot: int) -> int:
+        """How many blocks were stored in the slot since it was added, one that was stored twice counted twice."""
 
     def stats(self) -> dict[str, int]:
         """Sizes and counters.

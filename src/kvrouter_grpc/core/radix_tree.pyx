@@ -7,7 +7,7 @@ This is the Python face: it checks what comes in and calls the C-level parts, wh
     edge.pxd         runs, edges, covers          run.pxd          runs by id, edges of a run
     holes.pxd        bit sets for gaps            hash_table.pxd   u64 -> u64
     memory.pxd       counted memory               invariants.pxd   what must hold after every call
-    path.pxd         taking whole paths back
+    path.pxd         taking whole paths back      doubt.pxd        what is left after lost events
 """
 
 import os
@@ -27,6 +27,7 @@ from kvrouter_grpc.core.block_hash cimport (
     rehash_multimodal,
     sequence_run,
 )
+from kvrouter_grpc.core.doubt cimport slot_doubt, slot_drop_doubted
 from kvrouter_grpc.core.edge cimport Edge
 from kvrouter_grpc.core.hash_table cimport Entry, table_find, table_init
 from kvrouter_grpc.core.invariants cimport tree_check
@@ -83,6 +84,7 @@ cdef class RadixTree:
             self.tree.slot_count += 1
         table_init(&self.tree.slots[slot].names, self.tree.salt)
         table_init(&self.tree.slots[slot].aliases, self.tree.salt)
+        self.tree.slots[slot].stored = 0
         self.tree.slots[slot].used = True
         return slot
 
@@ -203,6 +205,21 @@ cdef class RadixTree:
         if count and slot_remove_path(&self.tree, index, &seqs[0], count):
             raise MemoryError("the index is full")
 
+    def doubt(self, slot):
+        """Doubts all that a slot holds; how many engine hashes that are."""
+        return slot_doubt(&self.tree, self._slot(slot))
+
+    def drop_doubted(self, slot, most, *, prefixes=False):
+        """Drops doubted blocks that nobody has vouched for, at most `most`; how many."""
+        cdef uint32_t index = self._slot(slot)
+        cdef int64_t dropped
+        if not isinstance(most, int) or not 1 <= most <= MOST_BLOCKS:
+            raise ValueError(f"most must be an integer in 1..{MOST_BLOCKS}, not {most!r}")
+        dropped = slot_drop_doubted(&self.tree, index, prefixes, most)
+        if dropped < 0:
+            raise MemoryError("the index is full")
+        return dropped
+
     # --- questions -----------------------------------------------------------------------------------------------
 
     cdef Edge* _find(self, uint32_t slot, uint64_t name, uint32_t* block) noexcept nogil:
@@ -249,6 +266,10 @@ cdef class RadixTree:
         """Distinct engine hashes the slot holds."""
         cdef uint32_t index = self._slot(slot)
         return self.tree.slots[index].names.count
+
+    def stored(self, slot):
+        """Blocks stored in the slot since it was added."""
+        return self.tree.slots[self._slot(slot)].stored
 
     def stats(self):
         """Sizes and counters."""

@@ -49,10 +49,11 @@ from kvrouter_grpc.core.tree cimport (
 
 
 cdef enum:
-    # The value of a name: place << REFERENCE_BITS | references. The count stops at its highest value, far above the
-    # number of physical blocks that could share a hash.
+    # The value of a name: place << REFERENCE_BITS | whether it is doubted (doubt.pxd) | references. The count stops at its
+    # highest value, far above the number of physical blocks that could share a hash.
     REFERENCE_BITS = 18
-    MOST_REFERENCES = (1 << 18) - 1
+    DOUBTED = 1 << 17
+    MOST_REFERENCES = (1 << 17) - 1
     AHEAD = 16  # entries fetched early, so that their cache misses overlap
 
 
@@ -171,6 +172,7 @@ cdef inline int _name(
     cdef Slot* slot = &tree.slots[slot_id]
     cdef uint64_t place = place_of(edge, block)
     cdef Entry* entry = table_seek(&slot.names, name)
+    slot.stored += 1
     if entry.value == 0:
         if _gain(tree, slot, edge, at, block):
             return -1
@@ -178,7 +180,9 @@ cdef inline int _name(
         return 0
     if named_place(entry) != place:
         return _move(tree, slot_id, entry, edge, at, block, moves)
-    if entry.value & MOST_REFERENCES != MOST_REFERENCES:
+    if entry.value & DOUBTED:
+        entry.value = place << REFERENCE_BITS | 1  # how often it was stored before is not known
+    elif entry.value & MOST_REFERENCES != MOST_REFERENCES:
         entry.value += 1
     tree.duplicates += 1
     return 0

@@ -52,6 +52,7 @@ cdef enum:
 cdef struct Slot:
     Table names  # engine hash -> place (see slot.pxd)
     Table aliases  # place -> how many engine hashes name it beyond the first
+    uint64_t stored  # blocks, since the slot was added
     bint used
 
 

@@ -2,12 +2,14 @@
 
 import asyncio
 import random
+from functools import partial
 from urllib.parse import urlsplit, urlunsplit
 
 import structlog
 import zmq.asyncio
 
 from kvrouter_grpc import advice
+from kvrouter_grpc.advice import Advice
 from kvrouter_grpc.config import EventsConfig, UpstreamConfig
 from kvrouter_grpc.errors import RouterError
 from kvrouter_grpc.events.rota import Rota
@@ -114,16 +116,14 @@ class Attendant:
             await self._pause()
         self._started_at = facts.process_start_time
         registry.introduced(worker, complete(self.given, facts), facts)
+        registry.forgive(worker)
         if worker.spec.block_size:
             self.router.check_block_size(worker, worker.spec.block_size, "as it reports or as configured")
         if self.given.block_size and facts.block_size and self.given.block_size != facts.block_size:
-            registry.set_fault(
-                worker,
-                "configured_block_size",
-                str(advice.block_size_misconfigured(worker.spec.name, self.given.block_size, facts.block_size)),
-            )
-        else:
-            registry.set_fault(worker, "configured_block_size", None)
+            wrong = advice.block_size_misconfigured(worker.spec.name, self.given.block_size, facts.block_size)
+            registry.set_fault(worker, "configured block size", wrong)
+        if facts.prefix_caching is False:
+            registry.set_fault(worker, "prefix caching", advice.no_prefix_caching())
         registry.set_health(worker, WorkerState.READY)
         self._log.info(
             "worker ready",
@@ -141,14 +141,17 @@ class Attendant:
         """Subscribe to one rank's events, or say why not."""
         spec, facts, index = self.worker.spec, self.worker.facts, self.router.index
         capacity = spec.total_kv_blocks or 0
+        if facts is not None and facts.prefix_caching is False:
+            index.without_events(target, str(advice.no_prefix_caching()), predicted=False)
+            return
         if not spec.kv_events:
             index.without_events(target, capacity=capacity)
             return
         if spec.events is None:
             told = facts is not None and facts.kv_events is False
-            detail = str(advice.events_off() if told else advice.events_nowhere())
-            index.without_events(target, detail, capacity)
-            self._log.warning("no KV events", dp_rank=target.dp_rank, detail=detail)
+            fault = advice.events_off() if told else advice.events_nowhere()
+            index.without_events(target, str(fault), capacity)
+            self._set_fault(f"events {target.dp_rank}", fault)
             return
         source = EventSource(
             at_rank(spec.events, target.dp_rank),
@@ -164,11 +167,27 @@ class Attendant:
             self._events,
             self._context,
             on_disconnect=self.doubt,
+            on_fault=partial(self._set_fault, f"events {target.dp_rank}"),
             rng=self._rng,
             rota=self._rota,
         )
         self._subscribers[target] = subscriber
         group.create_task(subscriber.run(), name=f"events {spec.name}/{target.dp_rank}")
+
+    def _set_fault(self, subject: str, fault: Advice | None) -> None:
+        if fault is not None:
+            self._log.warning("worker misconfigured", subject=subject, detail=str(fault))
+        self.router.workers.set_fault(self.worker, subject, fault)
+
+    def _judge_report_mode(self, target: Target) -> None:
+        """See whether more seems to be cached than there is room for; what is only predicted does not count."""
+        subject, room = f"report mode {target.dp_rank}", self.worker.spec.total_kv_blocks
+        if room is None or self.router.config.prediction_ahead_s is not None:
+            return
+        held = self.router.index.device_blocks(target)
+        if (held > room) != (subject in self.worker.faults):
+            told = f"{held} blocks in a cache of {room}"
+            self._set_fault(subject, advice.reports_reused(told) if held > room else None)
 
     def _restore(self, target: Target) -> None:
         """Start with what a router before this one knew of a rank, if that may still hold: its stream will tell."""
@@ -191,6 +210,7 @@ class Attendant:
             slow = slow + 1 if health is Health.SLOW else 0
             self.client.set_down(health is Health.GONE or slow >= SLOW_CHECKS)
             for target, subscriber in self._subscribers.items():
+                self._judge_report_mode(target)
                 if self.router.resync_due(target):
                     self._log.warning("picture is wrong", dp_rank=target.dp_rank, detail="forgetting and replaying it")
                     subscriber.resync()
@@ -211,7 +231,8 @@ class Attendant:
             self._doubted = True  # not yet: the next check tries again
             return
         spec = complete(self.given, facts)
-        if spec != self.worker.spec:
+        before = self.worker.facts
+        if spec != self.worker.spec or (before is not None and facts.prefix_caching != before.prefix_caching):
             raise _Changed
         self._same_process(facts.process_start_time)
         self._log.info("worker back")

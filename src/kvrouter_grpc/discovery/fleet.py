@@ -10,9 +10,10 @@ import aiohttp
 import structlog
 import zmq.asyncio
 
-from kvrouter_grpc import advice
 from kvrouter_grpc.config import EventsConfig, UpstreamConfig
 from kvrouter_grpc.discovery.attendant import Attendant
+from kvrouter_grpc.discovery.readiness import Readiness
+from kvrouter_grpc.discovery.view import WorkerView, view_of
 from kvrouter_grpc.errors import (
     ConfiguredWorkerError,
     InvalidRequestError,
@@ -21,44 +22,14 @@ from kvrouter_grpc.errors import (
     UpstreamError,
 )
 from kvrouter_grpc.events.rota import Rota
-from kvrouter_grpc.routing.prediction import HitPrediction
 from kvrouter_grpc.routing.router import Router
-from kvrouter_grpc.routing.stream import Evidence, StreamStatus
-from kvrouter_grpc.routing.workers import Worker
-from kvrouter_grpc.types import Target, WorkerFacts, WorkerSpec, WorkerState
+from kvrouter_grpc.types import Target, WorkerSpec
 from kvrouter_grpc.upstream.vllm_http import VllmHttpClient
 
 SWEEP_S = 0.25
 """How often expired registrations and reservations are looked for, in seconds."""
 
 log = structlog.get_logger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class StreamView:
-    """One rank's event stream and what it led to."""
-
-    dp_rank: int
-    status: StreamStatus
-    evidence: Evidence
-    hits: HitPrediction
-    blocks: int
-    orphans: int
-    orphans_adopted: int
-    orphans_dropped: int
-
-
-@dataclass(frozen=True, slots=True)
-class WorkerView:
-    """A worker as it is now."""
-
-    worker_id: int
-    spec: WorkerSpec
-    state: WorkerState
-    reason: str
-    facts: WorkerFacts | None
-    streams: tuple[StreamView, ...]
-    registration_ttl_s: float | None
 
 
 @dataclass(slots=True, eq=False)
@@ -105,15 +76,13 @@ class Fleet:
         self._context = context
         self._events = events
         self._upstream = upstream
-        self._min_workers = min_workers
         self._follow_events = follow_events
         self._clock = clock
         self._rng = rng or random.Random()
-        self._expendable = expendable
         self._members: dict[str, _Member] = {}
         self._clients: dict[int, VllmHttpClient] = {}
         self._group: asyncio.TaskGroup | None = None
-        self._was_ready = False
+        self._readiness = Readiness(routers, clock, min_workers=min_workers, expendable=expendable)
         self._rota = Rota()
 
     # --- membership -----------------------------------------------------------------------------------------------
@@ -201,48 +170,12 @@ class Fleet:
 
     @property
     def ready(self) -> bool:
-        """Whether every endpoint can serve.
-
-        Until the router has been ready once, a misconfigured worker keeps it from becoming so: a wrong setting then
-        stops the rollout. Later it only leaves that worker out: one bad pod must not take the service down.
-        """
-        ready = self._endpoints_served() and (
-            self._was_ready or not any(self._faulty(router) for router in self._routers.values())
-        )
-        self._was_ready |= ready
-        return ready
+        """Whether every endpoint can serve; see `Readiness`."""
+        return self._readiness.ready
 
     def findings(self) -> list[str]:
         """What keeps the router from being ready or deserves attention, one sentence each."""
-        found = []
-        for endpoint, router in self._routers.items():
-            workers = router.workers.workers()
-            if not workers:
-                found.append(f"endpoint {endpoint} has no workers: add one with --worker or RegisterWorker")
-            found += [
-                f"{worker.spec.name} is {worker.state.value}: {worker.reason}"
-                for worker in workers
-                if worker.state not in (WorkerState.READY, WorkerState.DRAINING)
-            ]
-        for member in self._sorted():
-            found += self._doubts(member)
-        if len(self._ready_workers()) < self._min_workers:
-            found.append(f"{len(self._ready_workers())} of at least {self._min_workers} workers are ready")
-        return found
-
-    def _doubts(self, member: _Member) -> list[str]:
-        """What speaks against the pictures of a worker's caches."""
-        view, index = self._view(member), member.attendant.router.index
-        doubts = []
-        if view.facts is not None and view.facts.prefix_caching is False:
-            doubts.append(f"{view.spec.name}: {advice.no_prefix_caching()}")
-        for stream in view.streams:
-            details = [stream.status.told(stream.evidence), stream.hits.told]
-            held, room = index.device_blocks(Target(view.worker_id, stream.dp_rank)), view.spec.total_kv_blocks
-            if room is not None and held > room and member.attendant.router.config.prediction_ahead_s is None:
-                details.append(str(advice.reports_reused(f"{held} blocks in a cache of {room}")))
-            doubts += [f"{view.spec.name}: {detail}" for detail in details if detail]
-        return doubts
+        return self._readiness.findings(self.workers())
 
     def _sorted(self) -> list[_Member]:
         return sorted(
@@ -250,43 +183,9 @@ class Fleet:
             key=lambda member: (member.attendant.router.endpoint, member.attendant.worker.spec.name),
         )
 
-    def _endpoints_served(self) -> bool:
-        enough = self._was_ready or len(self._ready_workers()) >= self._min_workers
-        return enough and all(
-            any(worker.state is WorkerState.READY for worker in router.workers.workers())
-            for endpoint, router in self._routers.items()
-            if not (self._was_ready and endpoint in self._expendable)
-        )
-
-    def _ready_workers(self) -> list[Worker]:
-        return [
-            worker
-            for router in self._routers.values()
-            for worker in router.workers.workers()
-            if worker.state is WorkerState.READY
-        ]
-
-    @staticmethod
-    def _faulty(router: Router) -> bool:
-        return any(worker.state is WorkerState.MISCONFIGURED for worker in router.workers.workers())
-
     def _view(self, member: _Member) -> WorkerView:
-        worker, index = member.attendant.worker, member.attendant.router.index
-        streams = tuple(
-            StreamView(
-                target.dp_rank,
-                status,
-                index.evidence(target),
-                hits,
-                index.blocks(target),
-                index.orphans(target),
-                *index.orphan_fates(target),
-            )
-            for target in worker.targets
-            if (status := index.stream_if_known(target)) is not None and (hits := index.hits(target)) is not None
-        )
-        ttl = None if member.expires_at is None else max(0.0, member.expires_at - self._clock())
-        return WorkerView(worker.worker_id, worker.spec, worker.state, worker.reason, worker.facts, streams, ttl)
+        ttl_s = None if member.expires_at is None else max(0.0, member.expires_at - self._clock())
+        return view_of(member.attendant.worker, member.attendant.router.index, ttl_s)
 
     # --- running --------------------------------------------------------------------------------------------------
 

@@ -15,14 +15,17 @@ Three facts carry it:
 
 A hole that nothing fills is given up: the stream goes on behind it and is STALE, for the lost batches may have
 removed blocks. `audit()` repairs it when the whole history can still be had: it asks from 0, collects the answer
-aside, and only when that is complete everything is forgotten and taken again.
+aside, and only when that is complete everything is forgotten and taken again. When it cannot be had, time heals: the
+engine's further events show what is still there (`routing/renewal.py`), and `renewed()` says that they have.
 """
 
 from enum import Enum
 
 from kvrouter_grpc.events.answer import Answer
 from kvrouter_grpc.events.batch_log import LOST, OTHER, REMEMBERED, SAME, UNKNOWN, BatchLog
+from kvrouter_grpc.events.coverage import Coverage
 from kvrouter_grpc.events.held import HeldBatches
+from kvrouter_grpc.events.proof import ProcessProof
 from kvrouter_grpc.events.repair import Repair
 from kvrouter_grpc.routing.stream import StreamPosition
 from kvrouter_grpc.types import StreamState
@@ -49,39 +52,30 @@ class StreamTracker:
 
     Attributes:
         log: The batches taken; whoever takes some in order by itself, see `followed`, does so there.
-        partial: Batches before the first one taken are unknown; nothing after it was lost for that reason.
+        coverage: What of the history these are.
         gaps: Times a number was missing.
-        missed: Batches given up.
         restarts: Restarts found or reported.
         replaying: A replay was asked for and has not ended. The caller gives up its own when this turns False.
     """
 
     def __init__(self, *, can_replay: bool, max_held: int, max_held_bytes: int, max_attempts: int) -> None:
         self.log = BatchLog()
-        self.partial = False
+        self.coverage = Coverage()
         self.gaps = 0
-        self.missed = 0
         self.restarts = 0
         self.replaying = False
         self._can_replay = can_replay
         self._connected = False
         self._heard = False  # the publisher said anything: a batch, or the end of a replay
-        self._taken = 0  # batches taken from this process
         self._held = HeldBatches(max_held, max_held_bytes)
         self._live_high = -1  # highest number seen on the live socket
-        self._lost = 0  # batches given up: blocks may be indexed that the engine has removed since
-        self._doubt = False  # since a reconnection nothing has proved yet that it is the same process: take nothing
-        self._unverified = False  # ... and the proof was given up
-        self._verify = False  # a replay has to show what was missed
-        self._verifying = False  # ... and was asked for
+        self._proof = ProcessProof()
         self._audit = False  # a replay is wanted to look for losses that no later batch has shown
         self._repair = Repair(max_held=max_held, max_held_bytes=max_held_bytes, max_attempts=max_attempts)
         self._answer = Answer(max_attempts)
         self._unreadable: tuple[int, int] | None = None  # number and content of the last unreadable batch
         self._rubbish = False  # the publisher writes batches that cannot be read
         self._restart_seen = False  # since the last handshake
-        self._empty_proves = True  # an empty answer proves a restart
-        self._emptied_at: int | None = None  # `next_seq` before the last restart that an empty answer proved
 
     # --- outputs --------------------------------------------------------------------------------------------------
 
@@ -94,17 +88,32 @@ class StreamTracker:
     def state(self) -> StreamState:
         """How true the picture is that the batches taken so far give."""
         if not self._heard:
-            return StreamState.SYNCING if self._verify or self._verifying else StreamState.COLD
-        if self._verify or self._verifying or self._hole or not self._connected:
+            return StreamState.SYNCING if self._proof.open else StreamState.COLD
+        if self._proof.open or self._hole or not self._connected:
             return StreamState.SYNCING
-        return StreamState.STALE if self._lost or self._unverified else StreamState.LIVE
+        return StreamState.STALE if self.faulty else StreamState.LIVE
+
+    @property
+    def settled(self) -> bool:
+        """Whether what was published before has been told, or is not to be had."""
+        return self._connected and not self._proof.open
+
+    @property
+    def unreached(self) -> bool:
+        """Whether nobody was ever there."""
+        return not (self._heard or self._connected)
+
+    @property
+    def faulty(self) -> bool:
+        """Whether the picture may hold blocks that are gone."""
+        return self.coverage.lost > 0 or self._proof.unverified
 
     @property
     def wants_replay(self) -> bool:
         """Whether a replay should be asked for as soon as the caller's pace allows."""
         if not (self._can_replay and self._connected) or self.replaying:
             return False
-        return self._verify or self._audit or self._hole
+        return self._proof.wanted or self._audit or self._hole
 
     @property
     def detail(self) -> str:
@@ -115,25 +124,15 @@ class StreamTracker:
             return "the connection is lost; what the engine does meanwhile is fetched when it is back"
         if self._hole:
             return f"batch {self.next_seq} is missing and asked for again"
-        if self._verify or self._verifying:
+        if self._proof.open:
             return f"asking what happened from batch {self.next_seq} on"
-        if self._lost:
-            return f"{self._lost} batches are lost: blocks that they removed still count as cached"
-        if self._unverified:
+        if self.coverage.lost:
+            return f"{self.coverage.lost} batches are lost: what they removed counts as cached until it is replaced"
+        if self._proof.unverified:
             return "reconnected, and no replay has shown what was missed"
-        if self.partial:
-            return "blocks cached before the first batch received are unknown"
+        if self.coverage.partial:
+            return "blocks cached by batches that were not received are unknown"
         return ""
-
-    @property
-    def taken(self) -> int:
-        """Batches that the picture is made of."""
-        return self._taken
-
-    @property
-    def lost(self) -> int:
-        """Batches given up since the picture was begun."""
-        return self._lost
 
     @property
     def behind(self) -> int:
@@ -145,18 +144,17 @@ class StreamTracker:
     @property
     def doubted(self) -> bool:
         """Whether nothing has proved yet that the publisher is the process whose batches were taken."""
-        return not self._connected or self._doubt or self._unverified
+        return not self._connected or self._proof.doubted or self._proof.unverified
 
     @property
     def ready(self) -> bool:
         """Whether `take()` would give a batch."""
-        return self._held.count > 0 and self.next_seq in self._held and not self._doubt
+        return self._held.count > 0 and self.next_seq in self._held and not self._proof.doubted
 
     @property
     def repairable(self) -> bool:
         """Whether an audit may make good what was given up."""
-        faulty = self._lost or self.partial or self._unverified
-        return self._can_replay and bool(faulty) and self._repair.possible
+        return self._can_replay and (self.faulty or self.coverage.partial) and self._repair.possible
 
     @property
     def _hole(self) -> bool:
@@ -170,17 +168,16 @@ class StreamTracker:
     @property
     def position(self) -> StreamPosition | None:
         """Where another tracker could go on, in the same doubt; None when what was taken may be of two processes."""
-        content = self.log.last_content
-        if not self._can_replay or not self._taken or self._unverified or not content:
+        content, coverage = self.log.last_content, self.coverage
+        if not self._can_replay or not coverage.taken or self._proof.unverified or not content:
             return None
-        return StreamPosition(self.next_seq, content, self._taken, self.partial, self._lost)
+        return StreamPosition(self.next_seq, content, coverage.taken, coverage.partial, coverage.lost)
 
     def resume(self, position: StreamPosition) -> None:
         """Go on where another tracker was. The connection proves, or disproves, that it is the same process."""
-        next_seq, content, self._taken, self.partial, self._lost = position
-        self.missed = self._lost
-        self.log.note_hash(next_seq - 1, content)
-        self.log.next_seq = next_seq
+        self.coverage.resume(position.known, position.lost, partial=position.partial)
+        self.log.note_hash(position.next_seq - 1, position.content)
+        self.log.next_seq = position.next_seq
 
     # --- the connection -------------------------------------------------------------------------------------------
 
@@ -192,12 +189,11 @@ class StreamTracker:
             # Held batches, and an answer under way, may be of a process that is gone.
             self._held.clear()
             self._repair.abandon()
-            self.replaying = self._verifying = False
-            self._verify = True
-            self._doubt = self.next_seq > 0
+            self.replaying = False
+            self._proof.reconnected(known=self.next_seq > 0)
             self._answer.forgive()
-        elif self._taken:
-            self._unverified = True
+        elif self.coverage.taken:
+            self._give_proof_up()
 
     def disconnected(self) -> None:
         """The live socket has lost its connection."""
@@ -238,30 +234,21 @@ class StreamTracker:
 
         That is what `live` and `take` would do together, at a fraction of the cost: a stream in order is the rule.
         """
-        return not (
-            self._held.count
-            or self._doubt
-            or self._unverified
-            or self._repair.under_way
-            or self._emptied_at is not None
-        )
+        return self._proof.idle and not (self._held.count or self._repair.under_way)
 
     def followed(self, count: int) -> None:
         """`count` live batches were taken, as `in_order` allowed, and are in the log."""
         if count:
             self._heard = True
             self._live_high = max(self._live_high, self.next_seq - 1)
-            self._taken += count
+            self.coverage.taken += count
 
     def live(self, seq: int, payload: bytes) -> Verdict:
         """A batch arrived on the live socket."""
         self._heard = True
         again = seq <= self._live_high
         self._live_high = max(self._live_high, seq)
-        if self._emptied_at is not None:
-            # Had the publisher restarted, it would hardly go on where we were: its ring seems to hold nothing at all.
-            self._empty_proves = seq != self._emptied_at
-            self._emptied_at = None
+        self._proof.heard(seq)
         if seq < self.next_seq:
             known = self.log.compare(seq, payload)
             if known == LOST:
@@ -274,7 +261,7 @@ class StreamTracker:
             self._keep(seq, payload)
             return Verdict.RESTART
         self._repair.collect(seq, payload)
-        gap = seq > self.next_seq and self._taken > 0 and not self._hole
+        gap = seq > self.next_seq and self.coverage.taken > 0 and not self._hole
         self.gaps += gap
         if not self._keep(seq, payload):
             return Verdict.DUPLICATE
@@ -282,8 +269,8 @@ class StreamTracker:
             return Verdict.GAP
         if not self.ready:
             return Verdict.HOLD
-        if not (self._can_replay and self._empty_proves):
-            self._unverified = False  # the numbers go on where they were: no better proof is to be had
+        if not (self._can_replay and self._proof.empty_proves):
+            self._proof.unverified = False  # the numbers go on where they were: no better proof is to be had
         return Verdict.APPLY
 
     def _keep(self, seq: int, payload: bytes) -> bool:
@@ -308,11 +295,11 @@ class StreamTracker:
             The number it has to start from.
         """
         self.replaying = True
-        repairs = self._audit and self.repairable and not (self._verify or self._hole)
+        repairs = self._audit and self.repairable and not (self._proof.wanted or self._hole)
         if repairs:
             self._repair.begin()
-        self._verifying = self._verify
-        self._verify = self._audit = False
+        self._proof.ask()
+        self._audit = False
         self._answer.ask(self.next_seq)
         return 0 if repairs else max(self.next_seq - 1, 0)
 
@@ -320,7 +307,7 @@ class StreamTracker:
         """A batch arrived on the replay socket."""
         self._heard = True
         if self._answer.hear(seq):
-            self._empty_proves = True
+            self._proof.filled()
             if not self._repair.under_way:
                 self._answer_begins(seq)
         self._repair.collect(seq, payload)
@@ -331,7 +318,7 @@ class StreamTracker:
                 self._heard = True
                 return Verdict.RESTART
             if known == SAME:
-                self._doubt = False
+                self._proof.shown()
             return Verdict.DUPLICATE
         if not self._held.add(seq, payload, keep=seq == self.next_seq):
             return Verdict.DUPLICATE
@@ -353,20 +340,20 @@ class StreamTracker:
         self.replaying = False
         self._heard = True
         self._answer.end()
-        if self._answer.first is None and self._answer.asked_at and self._empty_proves:
+        if self._answer.first is None and self._answer.asked_at and self._proof.empty_proves:
             emptied_at = self.next_seq
             self._restart()
             self._heard = True
-            self._emptied_at = emptied_at
+            self._proof.emptied(emptied_at)
             return Verdict.RESTART
-        self._verifying = False
+        self._proof.answered()
         if self._repair.under_way:
             return self._repair_ended()
-        if self._doubt:
+        if self._proof.doubted:
             return self._unproved()
         if not self._hole:
             self._answer.forgive()
-            self._repair.possible = self._repair.possible or not (self._lost or self.partial)
+            self._repair.possible = self._repair.possible or not (self.coverage.lost or self.coverage.partial)
             return Verdict.APPLY
         self._answer.count_rolled(rolled=self._answer.begins_late and self.next_seq == self._answer.asked_at)
         self._answer.count_attempt(self.next_seq)
@@ -378,11 +365,11 @@ class StreamTracker:
     def _repair_ended(self) -> Verdict:
         """Take the history from its beginning, if it is complete up to now."""
         first = self._answer.first
-        history = self._repair.end(first, self.next_seq, suffix_helps=self._unverified)
+        history = self._repair.end(first, self.next_seq, suffix_helps=self._proof.unverified)
         if history is None:
             return Verdict.GAP if self._hole else Verdict.APPLY
         if not first:
-            self.missed -= self._lost
+            self.coverage.fetched()
         self._start_over()
         self._held = history
         if first:
@@ -392,12 +379,11 @@ class StreamTracker:
 
     def _unproved(self) -> Verdict:
         """The answer did not hold the batch that would prove the same process: the ring has rolled past it."""
-        if not self._empty_proves:
-            self._doubt = False
-            self._unverified = True
+        if not self._proof.empty_proves:
+            self._give_proof_up()
             return Verdict.APPLY
         self._answer.count_rolled()
-        self._verify = True
+        self._proof.wanted = True
         if not self._answer.rolled:
             return Verdict.GAP
         self._start_over()
@@ -411,16 +397,19 @@ class StreamTracker:
             self._repair.break_off()
             return
         self._answer.count_attempt(self.next_seq)
-        self._verify = self._verify or self._verifying
-        self._verifying = False
+        self._proof.failed()
         if self._answer.silent or self._answer.vain:
             self._answer.forgive()
-            if self._verify:
-                self._verify = self._doubt = False
-                self._unverified = self._taken > 0
+            if self._proof.wanted:
+                self._give_proof_up()
                 self._repair.possible = True
             if self._hole:
                 self._give_up(whole_answer=False)
+
+    def _give_proof_up(self) -> None:
+        """Go on although it may be another process, and batches may be missing."""
+        self._proof.give_up(known=self.coverage.taken > 0)
+        self.coverage.losses += self._proof.unverified
 
     def _give_up(self, *, whole_answer: bool) -> None:
         """Go on behind the hole: a picture with a known fault is worth more than none."""
@@ -442,21 +431,26 @@ class StreamTracker:
         seq = self.next_seq
         payload = self._held.take(seq)
         self.log.follow(seq, payload)
-        self._taken += 1
+        self.coverage.taken += 1
         return seq, payload
 
     def cleared(self) -> None:
         """The batch just taken says that the engine dropped its whole cache: whatever was lost before is void."""
-        self._lost = 0
-        self._unverified = self.partial = False
+        self.coverage.emptied()
+        self._proof.unverified = False
+
+    def renewed(self) -> None:
+        """Nothing of what was lost, however it was, can be wrong in the picture any more."""
+        self.coverage.renewed()
+        self._proof.unverified = False
 
     def unreadable(self) -> None:
         """The batch just taken cannot be read. It counts as not received, and as lost if another copy is no better."""
         seq = self.next_seq - 1
         bad = seq, self.log.forget(seq)
         self.log.next_seq = seq
-        self._taken -= 1
-        if self._can_replay and bad != self._unreadable and (self._taken or not self._rubbish):
+        self.coverage.taken -= 1
+        if self._can_replay and bad != self._unreadable and (self.coverage.taken or not self._rubbish):
             self.gaps += self._unreadable is None or self._unreadable[0] != seq
             self._unreadable = bad
         else:
@@ -470,16 +464,15 @@ class StreamTracker:
 
     def _skip_to(self, seq: int) -> None:
         """Do without the batches before `seq`."""
-        if self._taken:
+        if self.coverage.taken:
             self._lose(seq)
         else:
-            self.partial = True
+            self.coverage.partial = True
             self.log.next_seq = seq
 
     def _lose(self, seq: int) -> None:
         """Give up the batches before `seq`, which may have removed blocks that are indexed."""
-        self.missed += seq - self.next_seq
-        self._lost += seq - self.next_seq
+        self.coverage.lose(seq - self.next_seq)
         for lost in range(max(self.next_seq, seq - REMEMBERED), seq):
             self.log.note_lost(lost)
         self.log.next_seq = seq
@@ -488,10 +481,10 @@ class StreamTracker:
         """Another process: nothing of the old one holds any more."""
         self.restarts += 1
         self._start_over()
-        self._heard = self.replaying = self._verifying = self._audit = False
+        self._proof.new_process(wanted=self._can_replay)
+        self._heard = self.replaying = self._audit = False
         self._live_high = -1
-        self._verify = self._can_replay
-        self._unreadable = self._emptied_at = None
+        self._unreadable = None
         self._restart_seen = True
         self._repair.new_process()
         self._rubbish = False
@@ -500,8 +493,8 @@ class StreamTracker:
     def _start_over(self) -> None:
         """Know nothing of the stream's batches."""
         self.log.clear()
-        self._taken = self._lost = 0
-        self.partial = self._doubt = self._unverified = False
+        self.coverage.start_over()
+        self._proof.start_over()
         self._held.clear()
         self._repair.abandon()
         self._repair.possible = True

@@ -12,6 +12,7 @@ import structlog
 import zmq
 
 from kvrouter_grpc import advice
+from kvrouter_grpc.advice import Advice
 from kvrouter_grpc.config import EventsConfig
 from kvrouter_grpc.core import BatchError, KvFeed
 from kvrouter_grpc.events.batch_log import HIGHEST_SEQ
@@ -40,6 +41,9 @@ REOPEN_S = 1.0
 """Least time without a connection after which the socket is replaced: ZeroMQ itself never reconnects after a peer broke
 the protocol or sent a message over the limit."""
 
+UNREACHED_S = 2.0
+"""Time without any connection after which it is told: the engine itself has answered before."""
+
 END = b"\xff" * 8
 """Sequence number -1: the end of a replay."""
 
@@ -61,6 +65,12 @@ class KvSink(Protocol):
     def stream(self, target: Target) -> StreamStatus:
         """The target's status, which the subscriber keeps true."""
 
+    def doubt(self, target: Target) -> None:
+        """Events of the target are lost for good."""
+
+    def renewed(self, target: Target) -> bool:
+        """Whether what they did has no effect any more."""
+
     def refresh(self, target: Target) -> None:
         """The status has been brought up to date."""
 
@@ -75,6 +85,7 @@ class Subscriber:
         config: Limits and timeouts.
         context: ZMQ context, shared by all subscribers.
         on_disconnect: Called when the live connection is lost: the worker may be dead.
+        on_fault: Called with what keeps events from coming, and with None once they come.
         rng: Jitter of the back-off.
         rota: Shared by the subscribers of an event loop, which take turns.
     """
@@ -89,6 +100,7 @@ class Subscriber:
         *,
         rota: Rota,
         on_disconnect: Callable[[], None] | None = None,
+        on_fault: Callable[[Advice | None], None] | None = None,
         rng: random.Random,
     ) -> None:
         self._target = target
@@ -96,6 +108,7 @@ class Subscriber:
         self._index = index
         self._config = config
         self._on_disconnect = on_disconnect
+        self._on_fault = on_fault
         self._context = context
         self._rng = rng
         self._rota = rota
@@ -111,10 +124,11 @@ class Subscriber:
         )
         self._heard: deque[tuple[int, bytes]] = deque()  # live batches that are still to be told to the tracker
         self._answers: deque[Message] = deque()  # the same of replayed messages
+        self._losses = 0  # of the tracker, as far as the index was told
         self._restart_reported = False
         self._resync_asked = False
         self._stirred = True  # more than batches in order may have changed the status
-        self._fault = ""  # why nothing can be heard, "" when something can
+        self._fault: Advice | None = None  # why nothing can be heard
         self._unreadable = ""  # what was wrong with the last unreadable message
         self._asked_at = 0.0
         self._answered_at = 0.0
@@ -125,6 +139,7 @@ class Subscriber:
         self._audit_at = math.inf
         self._reopen_s = max(REOPEN_S, 2 * config.reconnect_max_ms / 1000)
         self._reopen_at = math.inf
+        self._unreached_at = math.inf
 
     def notify_restarted(self) -> None:
         """The worker's process is known to be a new one, e.g. by its start time."""
@@ -152,8 +167,9 @@ class Subscriber:
         try:
             if self._open(now):
                 self._postpone_audit(now)
+                self._unreached_at = now + UNREACHED_S
             else:
-                self._fault = str(advice.no_address(self._source.events))
+                self._set_fault(advice.no_address(self._source.events))
                 self._reopen_at = math.inf
                 self._report()
             await asyncio.Event().wait()  # the rota lets it work
@@ -174,6 +190,10 @@ class Subscriber:
                 self._resync_asked = False
                 self._status.resyncs += 1
                 self._heed(self._tracker.resync())
+            if now >= self._unreached_at:
+                self._unreached_at = math.inf
+                if self._tracker.unreached and self._fault is None:
+                    self._set_fault(advice.events_unreached(self._source.events))
             if now >= self._reopen_at:
                 self._open(now)
             busy = self._pace(now)
@@ -190,6 +210,8 @@ class Subscriber:
         drained = False
         tracker = self._tracker
         while True:
+            if tracker.coverage.losses != self._losses:
+                self._doubt()
             if tracker.ready and (taken := tracker.take()) is not None:
                 self._apply(taken[1])
             elif self._heard:
@@ -207,6 +229,13 @@ class Subscriber:
             self._pace(now)
         return True
 
+    def _doubt(self) -> None:
+        """Before anything is applied that comes after what was lost."""
+        self._losses = self._tracker.coverage.losses
+        self._stirred = True
+        if self._tracker.faulty:
+            self._index.doubt(self._target)
+
     def _fetch(self, now: float) -> bool:
         """Take messages from the sockets, and apply those that are in order; whether the sockets are empty now."""
         tracker, status = self._tracker, self._status
@@ -215,7 +244,7 @@ class Subscriber:
         if found is not None:
             tracker.followed(found.batches)
             status.last_seq = tracker.next_seq - 1
-            status.known = tracker.taken
+            status.known = tracker.coverage.taken
             status.skipped += found.skipped
             status.unread += found.skipped
             status.batches += found.batches
@@ -223,8 +252,7 @@ class Subscriber:
                 self._stirred = True
             if found.batches or found.left:
                 self._note_arrival(now)
-                if self._fault:
-                    self._heard_again()
+                self._set_fault(None)
             if found.cleared:
                 self._cleared()
             if found.fault:
@@ -240,8 +268,9 @@ class Subscriber:
     def _changed(self, change: Change, now: float) -> None:
         self._stirred = True
         if change is Change.UP:
-            self._fault = ""
             self._reopen_at = math.inf
+            if self._fault == advice.events_unreached(self._source.events):
+                self._set_fault(None)
             self._tracker.connected()
             self._postpone_audit(now)
         elif change is Change.DOWN:
@@ -250,17 +279,20 @@ class Subscriber:
             if self._on_disconnect is not None:
                 self._on_disconnect()
         else:
-            self._fault = str(advice.not_zeromq(self._source.events))
+            self._set_fault(advice.not_zeromq(self._source.events))
 
     def _note_arrival(self, now: float) -> None:
         self._status.last_event_at = time.monotonic()
         if not self._tracker.repairable:
             self._postpone_audit(now)
 
-    def _heard_again(self) -> None:
-        """Events come: whatever stood in their way does no more."""
-        self._stirred = True
-        self._fault = ""
+    def _set_fault(self, fault: Advice | None) -> None:
+        """What keeps events from coming; None once some have come."""
+        if fault != self._fault:
+            self._fault = fault
+            self._stirred = True
+            if self._on_fault is not None:
+                self._on_fault(fault)
 
     def _live(self, seq: int, payload: bytes) -> Verdict:
         if self._tracker.in_order and self._tracker.log.follow(seq, payload):
@@ -282,7 +314,7 @@ class Subscriber:
                 return self._misshapen("a sequence number that is none")
             if len(message) == 4 and not message[1].startswith(self._source.topic.encode()):
                 # Replays come whatever the topic is; live events, which are filtered by it, never will.
-                self._fault = str(advice.wrong_topic(self._source.topic, [message[1].decode("utf-8", "replace")]))
+                self._set_fault(advice.wrong_topic(self._source.topic, [message[1].decode("utf-8", "replace")]))
             verdict = self._tracker.replayed(seq, message[-1])
             if verdict is not Verdict.DUPLICATE:
                 self._status.last_event_at = time.monotonic()  # what was lost on the way was said all the same
@@ -372,9 +404,10 @@ class Subscriber:
     def due(self) -> float:
         """When there is something to do without any message; see `rota.Stream`."""
         if self._tracker.replaying:
-            return min(self._reopen_at, self._audit_at, self._reply_due())
-        asks_at = self._ask_after if self._tracker.wants_replay else math.inf
-        return min(self._reopen_at, self._audit_at, asks_at)
+            asks_at = self._reply_due()
+        else:
+            asks_at = self._ask_after if self._tracker.wants_replay else math.inf
+        return min(self._reopen_at, self._unreached_at, self._audit_at, asks_at)
 
     def _open(self, now: float) -> bool:
         """Connect to the publisher, and see to it that the attempt does not last for ever."""
@@ -385,23 +418,26 @@ class Subscriber:
 
     def _report(self) -> None:
         """Bring the status up to date."""
-        tracker, status = self._tracker, self._status
+        tracker, status, coverage = self._tracker, self._status, self._tracker.coverage
+        if tracker.faulty and self._losses == coverage.losses and self._index.renewed(self._target):
+            tracker.renewed()
         before, doubted, lost = status.state, status.doubted, status.lost
         status.state = tracker.state
         if status.state is not StreamState.SYNCING:
             status.unsettled_at = None
         elif status.unsettled_at is None:
             status.unsettled_at = time.monotonic()
-        status.known = tracker.taken
-        status.lost = tracker.lost
+        status.known = coverage.taken
+        status.lost = coverage.lost
         status.behind = tracker.behind
         status.doubted = tracker.doubted
         status.last_seq = tracker.next_seq - 1
         status.gaps = tracker.gaps
-        status.missed = tracker.missed
+        status.missed = coverage.missed
         status.restarts = tracker.restarts
-        status.partial = tracker.partial
-        status.detail = self._fault or tracker.detail
+        status.partial = coverage.partial
+        status.settled = self._fault is not None or tracker.settled
+        status.detail = str(self._fault) if self._fault is not None else tracker.detail
         if status.state is StreamState.STALE and self._unreadable:
             status.detail += f"; the last unreadable message: {self._unreadable}"
         if (status.state, status.doubted, status.lost) != (before, doubted, lost):

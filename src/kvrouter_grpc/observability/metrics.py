@@ -16,7 +16,8 @@ from prometheus_client.registry import Collector
 
 from kvrouter_grpc.config import ServerConfig
 from kvrouter_grpc.config.section import split_host_port
-from kvrouter_grpc.discovery.fleet import Fleet, StreamView, WorkerView
+from kvrouter_grpc.discovery.fleet import Fleet
+from kvrouter_grpc.discovery.view import StreamView, WorkerView
 from kvrouter_grpc.errors import ConfigError
 from kvrouter_grpc.routing.loads import TargetLoad
 from kvrouter_grpc.routing.router import Router
@@ -134,12 +135,17 @@ class RouterCollector(Collector):
             PREFIX + "stream_state", "1 for the state of the event stream.", labels=(*RANK, "state")
         )
         ups = GaugeMetricFamily(PREFIX + "worker_state", "1 for the state of the worker.", labels=(*RANK[:2], "state"))
+        faults = GaugeMetricFamily(
+            PREFIX + "worker_fault", "1 while something is wrong with the worker.", labels=(*RANK[:2], "fault")
+        )
         now = time.monotonic()
         for endpoint, router in self._routers.items():
             for worker in self._fleet.workers(endpoint):
                 name = worker.spec.name
                 for state in WorkerState:
                     ups.add_metric((endpoint, name, state.value), worker.state is state)
+                for fault in sorted({each.fault for each in worker.faults}):
+                    faults.add_metric((endpoint, name, fault), 1)
                 for rank in self._ranks(router, worker):
                     labels = endpoint, name, str(rank.stream.dp_rank)
                     for key, value in _gauges(rank, now).items():
@@ -149,7 +155,7 @@ class RouterCollector(Collector):
                         counters[key].add_metric(labels, count)
                     for stream_state in StreamState:
                         states.add_metric((*labels, stream_state.value), rank.stream.status.state is stream_state)
-        yield from (ups, states, *gauges.values(), *counters.values(), *self._of_endpoints())
+        yield from (ups, faults, states, *gauges.values(), *counters.values(), *self._of_endpoints())
 
     def _ranks(self, router: Router, worker: WorkerView) -> Iterator[_Rank]:
         for stream in worker.streams:

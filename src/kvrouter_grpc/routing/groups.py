@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from math import lcm
 from typing import NamedTuple
 
+from kvrouter_grpc import advice
 from kvrouter_grpc.types import Tier
 
 Slots = tuple[int | None, int | None, int | None, int | None]
@@ -69,14 +70,8 @@ def rule_of(groups: Sequence[CacheGroup]) -> Rule:
 
 def unjudged(groups: Sequence[CacheGroup]) -> str:
     """One sentence for the operator about groups whose rule is not known; "" when there are none."""
-    numbers = [str(number) for number, group in enumerate(groups) if group.kind == "other"]
-    if not numbers:
-        return ""
-    return (
-        f"KV cache group {', '.join(numbers)} of its model is of a kind whose part in prefix hits its events do not "
-        "tell (chunked local attention, or vLLM before 0.22): hits are predicted from the other groups and may be too "
-        "long"
-    )
+    numbers = [number for number, group in enumerate(groups) if group.kind == "other"]
+    return str(advice.group_unjudged(numbers)) if numbers else ""
 
 
 def _sliding(group: CacheGroup) -> int:

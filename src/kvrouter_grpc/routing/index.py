@@ -2,7 +2,7 @@
 
 import time
 from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain
@@ -11,14 +11,9 @@ from kvrouter_grpc.core import Applied, KvFeed, RadixTree, TargetTable, hash_seq
 from kvrouter_grpc.routing.forecast import Forecast, PredictedCache, Prediction
 from kvrouter_grpc.routing.groups import CacheGroup, GroupFacts, HeldSlot, Slots, rule_of, unjudged
 from kvrouter_grpc.routing.prediction import HitPrediction
+from kvrouter_grpc.routing.renewal import Renewal, SlotFacts
 from kvrouter_grpc.routing.stream import Evidence, StreamPosition, StreamStatus, freshness
-from kvrouter_grpc.types import (
-    Overlap,
-    Prompt,
-    StreamState,
-    Target,
-    Tier,
-)
+from kvrouter_grpc.types import Overlap, Prompt, StreamState, Target, Tier
 
 TIERS = tuple(Tier)
 
@@ -37,6 +32,7 @@ class _CacheView:
     predicted: PredictedCache | None = None  # None until the first prediction
     capacity: int = 0  # blocks it has room for, as far as predictions need it; 0 when not known
     hits: HitPrediction = field(default_factory=HitPrediction)
+    renewal: Renewal | None = None  # how it becomes true again after lost events; None: it is
     at_rest: bool = False  # its row says that all is well
 
 
@@ -226,6 +222,30 @@ class KvIndex:
             _forget_predictions(view)
             view.hits.begun()
             view.stream.prompts.clear()
+            view.renewal = None
+
+    def doubt(self, target: Target) -> None:
+        """Events of the target are lost for good: what it holds is doubted until its further events show it."""
+        view = self._views.get(target)
+        if view is not None and self._tree is not None:
+            view.renewal = Renewal(self._tree, self._slot_facts(view))
+
+    def renewed(self, target: Target) -> bool:
+        """Whether no doubt of that is left. Does a slice of what there is to do for it."""
+        view = self._views.get(target)
+        if view is None or view.renewal is None or not self._blocks(view) or not view.renewal.done():
+            return False
+        view.renewal = None
+        view.hits.begun()
+        return True
+
+    def _slot_facts(self, view: _CacheView) -> Iterator[SlotFacts]:
+        room = self.targets.total_blocks(view.row)
+        for group in map(CacheGroup._make, view.feed.cache_groups()):
+            for tier, slot in zip(TIERS, group.slots, strict=True):
+                if slot is not None:
+                    device = tier is Tier.DEVICE
+                    yield SlotFacts(slot, room * group.width if device else 0, device and group.kind == "prefix")
 
     def _tree_for(self, target: Target, block_size: int, several_groups: bool) -> RadixTree | None:
         """The tree, if blocks of this size belong in it: a hybrid model's may span several of its blocks."""
@@ -314,18 +334,20 @@ class KvIndex:
 
     # --- predictions ----------------------------------------------------------------------------------------------
 
-    def without_events(self, target: Target, detail: str = "", capacity: int = 0) -> None:
+    def without_events(self, target: Target, detail: str = "", capacity: int = 0, *, predicted: bool = True) -> None:
         """Nothing will tell what `target` holds: predict it, if that is wanted.
 
         Args:
             target: The target.
             detail: One sentence for the operator when that is not as it should be.
             capacity: Blocks its engine has room for; 0 when not known.
+            predicted: False: it holds nothing, whatever is sent there.
         """
         view = self._views[target]
-        view.stream.state = StreamState.PREDICTED if self._silent is not None else StreamState.OFF
+        view.forecast = self._silent if predicted else None
+        view.stream.state = StreamState.PREDICTED if view.forecast is not None else StreamState.OFF
         view.stream.detail = detail
-        view.forecast = self._silent
+        view.stream.settled = True
         view.capacity = capacity
         self.refresh(target)
 

@@ -145,7 +145,7 @@ class Router:
         """Compare the worker's block size with the router's, which is learned from the first worker if it is open."""
         fault = None
         if not self.index.learn_block_size(block_size):
-            fault = str(advice.block_sizes_differ(worker.spec.name, block_size, source, self.index.block_size))
+            fault = advice.block_sizes_differ(worker.spec.name, block_size, source, self.index.block_size)
         self.workers.set_fault(worker, "block_size", fault)
 
     def _block_size_differs(self, target: Target, block_size: int) -> None:

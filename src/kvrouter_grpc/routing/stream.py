@@ -174,6 +174,7 @@ class StreamStatus:
     behind: int = 0  # batches that are known to be published and are not applied
     unread: int = 0  # events skipped since then
     doubted: bool = False  # nothing has proved yet that it is still the same process
+    settled: bool = False  # what was cached before is here, or is not to be had: more only comes with further events
     unsettled_at: float | None = None  # monotonic seconds since when it is SYNCING; None while it is not
     last_event_at: float = 0.0  # monotonic seconds; 0 before the first
     resume_at: StreamPosition | None = None  # where the picture stood that the rank was given; None: it begins cold

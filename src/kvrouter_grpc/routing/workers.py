@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
+from kvrouter_grpc.advice import Advice, Effect
 from kvrouter_grpc.core import hash_bytes
 from kvrouter_grpc.types import Target, WorkerFacts, WorkerSpec, WorkerState
 
@@ -21,7 +22,7 @@ class Worker:
     facts: WorkerFacts | None = None
     health: WorkerState = WorkerState.STARTING  # STARTING, READY or UNHEALTHY
     health_reason: str = "not reached yet"
-    faults: dict[str, str] = field(default_factory=dict)  # subject -> sentence saying what to change
+    faults: dict[str, Advice] = field(default_factory=dict)  # by subject
     draining: bool = False
 
     @property
@@ -35,9 +36,14 @@ class Worker:
         return [Target(self.worker_id, rank) for rank in range(self.dp_size)]
 
     @property
+    def excluded(self) -> list[Advice]:
+        """The faults for which it gets no requests."""
+        return [fault for fault in self.faults.values() if fault.effect is Effect.EXCLUDES]
+
+    @property
     def state(self) -> WorkerState:
         """Whether it may be picked: what needs a person comes first."""
-        if self.faults:
+        if self.excluded:
             return WorkerState.MISCONFIGURED
         if self.health is WorkerState.UNHEALTHY:
             return WorkerState.UNHEALTHY
@@ -48,8 +54,8 @@ class Worker:
     @property
     def reason(self) -> str:
         """Why it may not be picked; empty when it may."""
-        if self.faults:
-            return "; ".join(self.faults.values())
+        if self.excluded:
+            return "; ".join(map(str, self.excluded))
         if self.health is not WorkerState.READY:
             return self.health_reason
         return "draining" if self.draining else ""
@@ -140,13 +146,19 @@ class WorkerRegistry:
             worker.draining = draining
             self._changed(worker)
 
-    def set_fault(self, worker: Worker, subject: str, sentence: str | None) -> None:
-        """Record that its configuration does not fit (None: it fits again)."""
-        if worker.faults.get(subject) != sentence:
-            if sentence is None:
+    def set_fault(self, worker: Worker, subject: str, fault: Advice | None) -> None:
+        """Record what is wrong about a subject (None: nothing any more)."""
+        if worker.faults.get(subject) != fault:
+            if fault is None:
                 del worker.faults[subject]
             else:
-                worker.faults[subject] = sentence
+                worker.faults[subject] = fault
+            self._changed(worker)
+
+    def forgive(self, worker: Worker) -> None:
+        """Forget its faults: it is looked at anew."""
+        if worker.faults:
+            worker.faults.clear()
             self._changed(worker)
 
     def _changed(self, worker: Worker) -> None:

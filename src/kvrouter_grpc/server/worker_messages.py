@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from kvrouter_grpc._gen import admin_pb2, common_pb2
 from kvrouter_grpc.config import WorkerEntry
 from kvrouter_grpc.config.settings import WORKER_SETTINGS
-from kvrouter_grpc.discovery.fleet import StreamView, WorkerView
+from kvrouter_grpc.discovery.view import StreamView, WorkerView
 from kvrouter_grpc.routing.loads import ForeignPart
 from kvrouter_grpc.routing.prediction import HitPrediction
 from kvrouter_grpc.routing.router import Router
@@ -76,6 +76,7 @@ def worker_status(view: WorkerView) -> admin_pb2.WorkerStatus:
         engine_version=(facts.version or "") if facts else "",
         loras=facts.loras if facts else (),
         max_model_len=facts.max_model_len if facts else None,
+        degraded=map(str, view.degraded),
     )
     if view.registration_ttl_s is not None:
         duration.write(status.registration_ttl, view.registration_ttl_s)
@@ -166,6 +167,7 @@ def worker_loads(views: Iterable[WorkerView], router: Router) -> list[admin_pb2.
                     engine=_engine_report(router.engine_report(target)),
                     hits=_hit_prediction(router.index.hits(target)),
                     foreign=_foreign_load(router.loads.foreign(target)),
+                    degraded=map(str, view.degraded),
                 )
             )
     return loads

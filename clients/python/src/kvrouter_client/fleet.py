@@ -244,6 +244,7 @@ class WorkerStatus:
     engine_version: str
     loras: tuple[str, ...]
     max_model_len: int | None
+    degraded: tuple[str, ...]  # why what it caches is not known as well as it could be
 
     @classmethod
     def from_proto(cls, message: admin_pb2.WorkerStatus) -> "WorkerStatus":
@@ -259,6 +260,7 @@ class WorkerStatus:
             engine_version=message.engine_version,
             loras=tuple(message.loras),
             max_model_len=message.max_model_len if message.HasField("max_model_len") else None,
+            degraded=tuple(message.degraded),
         )
 
 
@@ -328,6 +330,7 @@ class WorkerLoad:
     engine: EngineReport | None  # None while it said nothing
     hits: HitPrediction
     foreign: ForeignLoad | None  # None without any
+    degraded: tuple[str, ...]  # why what its worker caches is not known as well as it could be
 
     @classmethod
     def from_proto(cls, message: admin_pb2.WorkerLoad) -> "WorkerLoad":
@@ -343,6 +346,7 @@ class WorkerLoad:
             engine=EngineReport.from_proto(message.engine) if message.HasField("engine") else None,
             hits=HitPrediction.from_proto(message.hits),
             foreign=ForeignLoad.from_proto(message.foreign) if message.HasField("foreign") else None,
+            degraded=tuple(message.degraded),
         )
 
 

@@ -358,6 +358,7 @@ class WorkerStatus(_message.Message):
     ENGINE_VERSION_FIELD_NUMBER: _builtins.int
     LORAS_FIELD_NUMBER: _builtins.int
     MAX_MODEL_LEN_FIELD_NUMBER: _builtins.int
+    DEGRADED_FIELD_NUMBER: _builtins.int
     worker_id: _builtins.int
     """Derived from the name."""
     state: _common_pb2.WorkerState.ValueType
@@ -384,6 +385,12 @@ class WorkerStatus(_message.Message):
     def loras(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """LoRA adapters it serves."""
 
+    @_builtins.property
+    def degraded(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Why what it caches is not known as well as it could be, and what to change, one sentence each. It is picked all the
+        same.
+        """
+
     def __init__(
         self,
         *,
@@ -396,10 +403,11 @@ class WorkerStatus(_message.Message):
         engine_version: _builtins.str = ...,
         loras: _abc.Iterable[_builtins.str] | None = ...,
         max_model_len: _builtins.int | None = ...,
+        degraded: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_max_model_len", b"_max_model_len", "max_model_len", b"max_model_len", "registration_ttl", b"registration_ttl", "spec", b"spec"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_max_model_len", b"_max_model_len", "engine_version", b"engine_version", "loras", b"loras", "max_model_len", b"max_model_len", "reason", b"reason", "registration_ttl", b"registration_ttl", "spec", b"spec", "state", b"state", "streams", b"streams", "worker_id", b"worker_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_max_model_len", b"_max_model_len", "degraded", b"degraded", "engine_version", b"engine_version", "loras", b"loras", "max_model_len", b"max_model_len", "reason", b"reason", "registration_ttl", b"registration_ttl", "spec", b"spec", "state", b"state", "streams", b"streams", "worker_id", b"worker_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__max_model_len: _TypeAlias = _typing.Literal["max_model_len"]  # noqa: Y015
     _WhichOneofArgType__max_model_len: _TypeAlias = _typing.Literal["_max_model_len", b"_max_model_len"]  # noqa: Y015
@@ -688,6 +696,7 @@ class WorkerLoad(_message.Message):
     ENGINE_FIELD_NUMBER: _builtins.int
     HITS_FIELD_NUMBER: _builtins.int
     FOREIGN_FIELD_NUMBER: _builtins.int
+    DEGRADED_FIELD_NUMBER: _builtins.int
     worker_id: _builtins.int
     """The worker."""
     dp_rank: _builtins.int
@@ -720,6 +729,10 @@ class WorkerLoad(_message.Message):
         none.
         """
 
+    @_builtins.property
+    def degraded(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Why what its worker caches is not known as well as it could be, and what to change, one sentence each."""
+
     def __init__(
         self,
         *,
@@ -735,10 +748,11 @@ class WorkerLoad(_message.Message):
         engine: Global___EngineReport | None = ...,
         hits: Global___HitPrediction | None = ...,
         foreign: Global___ForeignLoad | None = ...,
+        degraded: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_total_blocks", b"_total_blocks", "engine", b"engine", "foreign", b"foreign", "hits", b"hits", "total_blocks", b"total_blocks"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_total_blocks", b"_total_blocks", "active_blocks", b"active_blocks", "active_requests", b"active_requests", "cached_blocks", b"cached_blocks", "dp_rank", b"dp_rank", "endpoint", b"endpoint", "engine", b"engine", "foreign", b"foreign", "hits", b"hits", "queued_prefill_tokens", b"queued_prefill_tokens", "total_blocks", b"total_blocks", "worker_id", b"worker_id", "worker_name", b"worker_name"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_total_blocks", b"_total_blocks", "active_blocks", b"active_blocks", "active_requests", b"active_requests", "cached_blocks", b"cached_blocks", "degraded", b"degraded", "dp_rank", b"dp_rank", "endpoint", b"endpoint", "engine", b"engine", "foreign", b"foreign", "hits", b"hits", "queued_prefill_tokens", b"queued_prefill_tokens", "total_blocks", b"total_blocks", "worker_id", b"worker_id", "worker_name", b"worker_name"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__total_blocks: _TypeAlias = _typing.Literal["total_blocks"]  # noqa: Y015
     _WhichOneofArgType__total_blocks: _TypeAlias = _typing.Literal["_total_blocks", b"_total_blocks"]  # noqa: Y015
