@@ -127,6 +127,7 @@ cdef inline double question_loss(const Question* question, uint32_t chosen) noex
     cdef double least = INFINITY
     cdef double own = 0
     cdef double cost
+    cdef double work
     cdef uint32_t i
     for i in range(question.count):
         question_costs(question, i, i + 1, &cost, &overlap, terms)
@@ -134,6 +135,8 @@ cdef inline double question_loss(const Question* question, uint32_t chosen) noex
         least = min(least, cost)
         if i == chosen:
             own = cost
-            if terms[1] > question.ask.least_new:
+            # Not its term of the cost, which the request's preferences scale.
+            work = new_work(question_target(question, i), &overlap, &question.ask, question.weights)
+            if work > question.ask.least_new:
                 return -1
     return own - least
