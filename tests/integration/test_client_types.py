@@ -10,7 +10,7 @@ import pytest
 from google.protobuf.message import Message
 
 import kvrouter_client as client
-from kvrouter_client import fleet, replies
+from kvrouter_client import fleet, loads, replies
 from kvrouter_client._gen import admin_pb2, common_pb2, router_pb2
 
 # Field of a message to the attribute that carries it, where the two differ.
@@ -44,17 +44,17 @@ PAIRS: list[tuple[type[Any], type[Message], dict[str, str]]] = [
     (fleet.WorkerStatus, admin_pb2.WorkerStatus, RENAMED),
     (fleet.WorkerSpec, admin_pb2.WorkerSpec, {}),
     (fleet.StreamStatus, admin_pb2.StreamStatus, RENAMED),
-    (fleet.Loads, admin_pb2.GetLoadsResponse, {}),
-    (fleet.WorkerLoad, admin_pb2.WorkerLoad, NESTED_LOAD),
+    (loads.Loads, admin_pb2.GetLoadsResponse, {}),
+    (loads.WorkerLoad, admin_pb2.WorkerLoad, NESTED_LOAD),
     (fleet.FreshnessParts, admin_pb2.FreshnessParts, {}),
     (fleet.HitPrediction, admin_pb2.HitPrediction, {}),
-    (fleet.EngineReport, admin_pb2.EngineReport, {}),
-    (fleet.PrefillCount, admin_pb2.PrefillCount, {}),
-    (fleet.QueueStatus, admin_pb2.QueueStatus, RENAMED),
-    (fleet.QueueClass, admin_pb2.QueueClass, RENAMED),
-    (fleet.Thresholds, admin_pb2.Thresholds, {}),
-    (fleet.ForeignLoad, admin_pb2.ForeignLoad, {}),
-    (fleet.IndexStats, admin_pb2.IndexStats, {}),
+    (loads.EngineReport, admin_pb2.EngineReport, {}),
+    (loads.PrefillCount, admin_pb2.PrefillCount, {}),
+    (loads.QueueStatus, admin_pb2.QueueStatus, RENAMED),
+    (loads.QueueClass, admin_pb2.QueueClass, RENAMED),
+    (loads.Thresholds, admin_pb2.Thresholds, {}),
+    (loads.ForeignLoad, admin_pb2.ForeignLoad, {}),
+    (loads.IndexStats, admin_pb2.IndexStats, {}),
     (client.Explanation, admin_pb2.Explanation, {}),
 ]
 

@@ -16,24 +16,26 @@ from .client import BatchItem, KvRouterClient, Prompt
 from .errors import KvRouterError, Violation
 from .explanation import Explanation
 from .fleet import (
-    EngineReport,
     Fleet,
-    ForeignLoad,
     FreshnessParts,
     HitPrediction,
+    StreamState,
+    StreamStatus,
+    WorkerRole,
+    WorkerSpec,
+    WorkerState,
+    WorkerStatus,
+)
+from .loads import (
+    EngineReport,
+    ForeignLoad,
     IndexStats,
     Loads,
     PrefillCount,
     QueueClass,
     QueueStatus,
-    StreamState,
-    StreamStatus,
     Thresholds,
     WorkerLoad,
-    WorkerRole,
-    WorkerSpec,
-    WorkerState,
-    WorkerStatus,
 )
 from .replies import (
     Candidate,

@@ -11,7 +11,8 @@ from .channel import DEFAULT_TIMEOUT_S, open_channel
 from .client import BatchItem, batch_item, put_seconds
 from .errors import rpc_errors
 from .explanation import Explanation
-from .fleet import Fleet, Loads, Thresholds, WorkerSpec
+from .fleet import Fleet, WorkerSpec
+from .loads import Loads, Thresholds
 
 
 class KvRouterAdminClient:
