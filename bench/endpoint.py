@@ -13,10 +13,9 @@ from kvrouter_grpc.config import RouterConfig, ServerConfig
 from kvrouter_grpc.core import TokenIds, read_plain
 from kvrouter_grpc.routing.router import Router
 from kvrouter_grpc.server.router_service import RouterService
-from kvrouter_grpc.types import Prompt, RoutingHints, StreamState, Target, WorkerSpec, WorkerState
+from kvrouter_grpc.types import Prompt, RoutingRequest, StreamState, Target, WorkerSpec, WorkerState
 
 ENDPOINT = "bench.backend.generate"
-_HINTS = RoutingHints()
 
 
 class Endpoint:
@@ -107,7 +106,7 @@ class Endpoint:
     def lease(self, raw: bytes) -> None:
         """Decide a request, book it, and take it back as if it had been answered."""
         tokens, model = _read(raw)
-        self.router.lease("bench", Prompt(tokens), _HINTS, model=model).release()
+        self.router.lease(RoutingRequest(Prompt(tokens), model=model, request_id="bench")).release()
 
     def booking(self, blocks: int, rounds: int) -> dict[str, float]:
         """Microseconds of CPU per block to `book` a request whose blocks nobody shares, and to `release` it."""

@@ -12,7 +12,7 @@ from bench.traces.engine import Engine, Job
 from bench.traces.trace import Path, Segment
 from bench.traces.wire import Wire
 from kvrouter_grpc.config import RouterConfig
-from kvrouter_grpc.types import Prompt, RoutingHints
+from kvrouter_grpc.types import Prompt, RoutingHints, RoutingRequest
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,8 +106,8 @@ class Routers:
         self._now = now
         self.deliver(now)
         replica = self.replicas[job.number % len(self.replicas)]
-        hints = self._hints(job.request.session)
-        job.lease = replica.router.lease(str(job.number), Prompt(self._wire.prompt(job.request)), hints)
+        prompt, hints = Prompt(self._wire.prompt(job.request)), self._hints(job.request.session)
+        job.lease = replica.router.lease(RoutingRequest(prompt, hints, request_id=str(job.number)))
         return self._engine_of[job.lease.decision.target]
 
     def deliver(self, now: float) -> None:

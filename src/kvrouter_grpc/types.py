@@ -162,6 +162,28 @@ class Prompt(NamedTuple):
     mm_hashes: Mapping[int, Sequence[int]] = MappingProxyType({})
 
 
+class RoutingRequest(NamedTuple):
+    """What is asked of a router: the prompt, and all else that its decision goes by.
+
+    Attributes:
+        prompt: The prompt and what is folded into its hashes.
+        hints: Pins, filters and overrides.
+        model: Model or LoRA adapter that the worker must serve; "" for any.
+        request_id: By which the decision is remembered and the booking named; "" where neither is wanted.
+        prefilled: Another worker computes the prompt: only decoding counts, for the choice and for the load.
+        exclude: Targets that failed this request already.
+        explain: Fill `Decision.candidates`.
+    """
+
+    prompt: Prompt
+    hints: RoutingHints = RoutingHints()
+    model: str = ""
+    request_id: str = ""
+    prefilled: bool = False
+    exclude: frozenset[Target] = frozenset()
+    explain: bool = False
+
+
 class Overlap(NamedTuple):
     """Blocks of a prompt that one target holds, each tier continuing where the one before ends."""
 

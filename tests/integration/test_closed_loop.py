@@ -109,9 +109,9 @@ async def test_an_engine_that_does_not_report_hits_is_judged_by_its_metrics():
     quiet = replace(FAST, prompt_tokens_details=False)
     async with running("a", worker=quiet, upstream=OFTEN) as stack:
         target = stack.target("a")
-        await until(lambda: stack.router.engine_report(target), "it reports")
+        await until(lambda: stack.router.feedback.engine_report(target), "it reports")
         hits = stack.router.index.hits(target)
-        polled = lambda: stack.router.engine_report(target).prefix_queries  # noqa: E731
+        polled = lambda: stack.router.feedback.engine_report(target).prefix_queries  # noqa: E731
         for round_ in range(3):  # of 16 requests each, none of which is held as believed
             prompts = {seed: words(seed, 160) for seed in range(20 * round_ + 1, 20 * round_ + 17)}
             believe(stack, "a", prompts)

@@ -29,14 +29,14 @@ async def loads(stack):
 async def test_every_rank_is_asked_for_its_queues_and_hits():
     ranks = replace(FAST, dp_size=2, speedup=1.0, itl_ms=20, max_num_seqs=1)
     async with running("a", worker=ranks, upstream=POLL) as stack:
-        await until(lambda: stack.router.engine_report(stack.target("a", 1)), "both ranks report")
+        await until(lambda: stack.router.feedback.engine_report(stack.target("a", 1)), "both ranks report")
         pin = router_pb2.RoutingHints(worker_id=stack.target("a").worker_id, dp_rank=1)
         async with asyncio.TaskGroup() as group:
             for seed in (1, 2):
                 group.create_task(stack.generate(words(seed, 64), 30, routing=pin))
-            report = lambda: stack.router.engine_report(stack.target("a", 1))  # noqa: E731
+            report = lambda: stack.router.feedback.engine_report(stack.target("a", 1))  # noqa: E731
             await until(lambda: report().running == 1 and report().waiting == 1, "one runs and one waits")
-            assert stack.router.engine_report(stack.target("a", 0))[:2] == (0, 0)
+            assert stack.router.feedback.engine_report(stack.target("a", 0))[:2] == (0, 0)
             engine = (await loads(stack))["a", 1].engine
             assert (engine.running, engine.waiting) == (1, 1)
             assert 0 < engine.kv_usage < 1
@@ -50,7 +50,7 @@ async def test_every_rank_is_asked_for_its_queues_and_hits():
 async def test_without_polling_nothing_is_reported():
     async with running("a", upstream={"metrics_interval_s": 0}) as stack:
         await stack.on("a", words(1, 64))
-        assert stack.router.engine_report(stack.target("a")) is None
+        assert stack.router.feedback.engine_report(stack.target("a")) is None
         assert not (await loads(stack))["a", 0].HasField("engine")
 
 
@@ -122,6 +122,6 @@ async def test_another_start_time_is_another_process_however_healthy_it_looks():
         await until(lambda: stack.router.index.blocks(target) == 4, "followed on")
         assert stream.restarts == 1
         await stack.admin.DeregisterWorker(admin_pb2.DeregisterWorkerRequest(name="x"))
-        assert stack.router.engine_report(target) is None
-        stack.router.engine_reported(target, EngineReport(1, 1))
-        assert stack.router.engine_report(target) is None
+        assert stack.router.feedback.engine_report(target) is None
+        stack.router.feedback.engine_reported(target, EngineReport(1, 1))
+        assert stack.router.feedback.engine_report(target) is None

@@ -14,7 +14,7 @@ from kvrouter_grpc.app import App
 from kvrouter_grpc.config import Config
 from kvrouter_grpc.errors import ConfigError
 from kvrouter_grpc.routing.workers import worker_id_of
-from kvrouter_grpc.types import Prompt, RoutingHints
+from kvrouter_grpc.types import Prompt, RoutingHints, RoutingRequest
 from pages import ROOT
 
 ON = {"metrics_port": 0}
@@ -36,7 +36,7 @@ async def test_a_scrape_tells_what_is_held_booked_and_foretold():
         await stack.on("a", prompt)
         await stack.on("a", prompt)
         pin = RoutingHints(worker_id=worker_id_of("a"))
-        with stack.router.lease("held", Prompt(array("I", prompt)), pin):
+        with stack.router.lease(RoutingRequest(Prompt(array("I", prompt)), pin, request_id="held")):
             families = await scrape(stack.app.metrics_address)
         ranks = {name: values(family, "worker", "dp_rank") for name, family in families.items()}
         assert values(families["kvrouter_ready"]) == {(): 1}

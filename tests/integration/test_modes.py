@@ -187,6 +187,6 @@ async def test_output_counts_while_it_comes():
 async def test_load_from_elsewhere_counts():
     async with serving(Worker(), Worker()) as rig:
         busy = rig.target("w0")
-        rig.router.engine_reported(busy, EngineReport(running=3, waiting=5, kv_usage=0.5))
+        rig.router.feedback.engine_reported(busy, EngineReport(running=3, waiting=5, kv_usage=0.5))
         assert rig.router.load(busy).active_requests == rig.router.loads.foreign(busy).requests == 8
         assert await Asker(rig).reserve() == "w1"

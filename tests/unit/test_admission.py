@@ -22,12 +22,20 @@ from kvrouter_grpc.errors import (
 from kvrouter_grpc.routing.gate import Thresholds
 from kvrouter_grpc.routing.loads import Lease
 from kvrouter_grpc.routing.router import Router
-from kvrouter_grpc.types import EngineReport, Prompt, RoutingHints, StreamState, WorkerFacts, WorkerSpec, WorkerState
+from kvrouter_grpc.types import (
+    EngineReport,
+    Prompt,
+    RoutingHints,
+    RoutingRequest,
+    StreamState,
+    WorkerFacts,
+    WorkerSpec,
+    WorkerState,
+)
 from kvrouter_grpc.upstream.waiting import booked
 
 ENDPOINT = "ns.backend.generate"
 BATCH = 100  # tokens that each worker computes in one step
-FREE = RoutingHints()
 
 
 class Bench:
@@ -53,8 +61,9 @@ class Bench:
             self.router.index.stream(target).state = StreamState.LIVE
         self.router.workers.set_health(worker, WorkerState.READY)
 
-    def prompt(self, tokens: int) -> Prompt:
-        return Prompt(array("I", [self.rng.randrange(1 << 20) for _ in range(tokens)]))
+    def request(self, name: str, tokens: int, **hints: object) -> RoutingRequest:
+        prompt = Prompt(array("I", [self.rng.randrange(1 << 20) for _ in range(tokens)]))
+        return RoutingRequest(prompt, RoutingHints(**hints), request_id=name)  # type: ignore[arg-type]
 
     def ask(self, name: str, tokens: int = 150, **hints: object) -> bool:
         """Send a request; says whether it was booked at once."""
@@ -65,7 +74,9 @@ class Bench:
             else:
                 self.faults[name] = outcome
 
-        answer = self.router.admit(name, self.prompt(tokens), RoutingHints(**hints), settle)  # type: ignore[arg-type]
+        request = self.request(name, tokens, **hints)
+        admission = self.router.admission
+        answer = admission.admit(request, settle) if admission is not None else self.router.lease(request)
         if isinstance(answer, Lease):
             self.booked(name, answer)
             return True
@@ -106,7 +117,7 @@ def test_queries_never_wait_and_pins_wait_for_their_worker_alone():
     assert not bench.ask("pinned", worker_id=pin)
     assert bench.ask("b")
     assert not bench.ask("c")
-    assert bench.router.best_worker(bench.prompt(10), FREE)
+    assert bench.router.best_worker(bench.request("", 10))
     bench.leases["b"].first_token()
     assert bench.names == ["a", "b", "c"]
     bench.leases["a"].first_token()
@@ -184,10 +195,10 @@ def test_reports_and_expiry_make_room_too():
     assert bench.names == ["a", "b"]
     bench.leases["b"].release()
     for _ in range(8):
-        bench.router.engine_reported(target, EngineReport(200, 200))
+        bench.router.feedback.engine_reported(target, EngineReport(200, 200))
     assert not bench.ask("c")
     for _ in range(20):
-        bench.router.engine_reported(target, EngineReport(0, 0))
+        bench.router.feedback.engine_reported(target, EngineReport(0, 0))
     assert bench.names == ["a", "b", "c"]
 
 
@@ -195,11 +206,9 @@ def test_a_caller_that_goes_away_leaves_nothing_behind():
     async def scenario():
         bench = Bench(queue_timeout_s=0.05)
         router = bench.router
-        first = await booked(router, "a", bench.prompt(150), FREE, model="")
+        first = await booked(router, bench.request("a", 150))
         async with asyncio.TaskGroup() as group:
-            tasks = [
-                group.create_task(booked(router, name, bench.prompt(150), FREE, model="")) for name in ("b", "c", "d")
-            ]
+            tasks = [group.create_task(booked(router, bench.request(name, 150))) for name in ("b", "c", "d")]
             await asyncio.sleep(0)
             assert bench.waiting() == 3
             tasks[0].cancel()
@@ -210,15 +219,15 @@ def test_a_caller_that_goes_away_leaves_nothing_behind():
             tasks[2].cancel()
         assert (lease.request_id, len(router.loads), bench.waiting()) == ("c", 1, 0)
         async with asyncio.TaskGroup() as group:
-            late = group.create_task(booked(router, "e", bench.prompt(150), FREE, model=""))
+            late = group.create_task(booked(router, bench.request("e", 150)))
             await asyncio.sleep(0)
             lease.release()  # settled, and cancelled before it knew
             late.cancel()
         assert late.cancelled()
         assert (len(router.loads), bench.waiting()) == (0, 0)
-        last = await booked(router, "f", bench.prompt(150), FREE, model="")
+        last = await booked(router, bench.request("f", 150))
         with pytest.raises(QueueTimeoutError):
-            await booked(router, "g", bench.prompt(150), FREE, model="")
+            await booked(router, bench.request("g", 150))
         last.release()
         assert (len(router.loads), bench.waiting()) == (0, 0)
 
@@ -261,18 +270,18 @@ def test_overloaded_workers_get_nothing_and_say_so():
     router = bench.router
     assert bench.ask("a")
     busy = bench.leases["a"].decision
-    decision = router.best_worker(bench.prompt(10), FREE, explain=True)
+    decision = router.best_worker(bench.request("", 10)._replace(explain=True))
     assert decision.target != busy.target
     assert [candidate.dropped for candidate in decision.candidates if candidate.target == busy.target] == [
         "overloaded: above a threshold of the endpoint"
     ]
     with pytest.raises(PinnedWorkerOverloadedError):
-        router.best_worker(bench.prompt(10), RoutingHints(worker_id=busy.target.worker_id))
+        router.best_worker(bench.request("", 10, worker_id=busy.target.worker_id))
     assert bench.ask("b")
     with pytest.raises(AllWorkersOverloadedError) as refused:
         bench.ask("c")
     assert refused.value.retry_after_s == 1.0
-    tokens = bench.prompt(10).tokens
+    tokens = bench.request("", 10).prompt.tokens
     with pytest.raises(AllWorkersOverloadedError):
         router.choose(tokens, "")  # type: ignore[arg-type]
     router.set_thresholds(Thresholds())

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from kvrouter_grpc._gen import admin_pb2, common_pb2, router_pb2
 from kvrouter_grpc.core import answer_reply
-from kvrouter_grpc.routing.router import OverlapScores, TargetOverlap
+from kvrouter_grpc.routing.overlap_scores import OverlapScores, TargetOverlap
 from kvrouter_grpc.server import duration
 from kvrouter_grpc.server.reply import AnswerWriter, candidate_message, overlap_scores_reply
 from kvrouter_grpc.server.violations import Violations

@@ -1,140 +1,18 @@
 """The compiled decision against its slow, clear twin: every term of every row, and the choice among them."""
 
-import math
 from array import array
-from collections import Counter
-from dataclasses import dataclass
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvrouter_grpc.core import Decider, Policy, RadixTree, TargetTable, hash_sequence
+from kvrouter_grpc.core import Decider, Policy, Shortlist, TargetTable, hash_sequence
 from kvrouter_grpc.routing.cost import Weights
 from kvrouter_grpc.routing.mode import Knobs
-from kvrouter_grpc.types import Overlap
 from reference import pick, regret
-from reference.cost import COSTS, Ask, Row, cached_tokens, new_tokens, preferred
-from reference.mode import MODES, Scene, Seat, fewest_requests_break_ties
-
-SIZE = 4
-SEED = 1337
-NO_BLOCKS = array("Q")
-
-
-@dataclass
-class Made:
-    """What a row of the table is made to be."""
-
-    tiers: tuple[int, int, int, int] = (0, 0, 0, 0)  # blocks of the prompt in each tier, one tier after the other
-    in_flight: int = 0
-    fresh: float = 1.0
-    queued: int = 0
-    private: int = 0
-    requests: int = 0
-    total: int = 0
-    taint: float = 0.0
-    on_cpu: bool = False
-    foreign: tuple[int, int, int, int] = (0, 0, 0, 0)  # as `TargetTable.foreign` tells it
-
-
-class Field:
-    """A table, an index and a decider with the rows of `made`, all about one prompt."""
-
-    def __init__(self, made, tokens, seed=1):
-        self.tokens = array("I", tokens)
-        self.made = made
-        self.table = TargetTable()
-        self.index = RadixTree(SIZE)
-        self.table.attach(self.index)
-        self.decider = Decider(self.table, seed)
-        self.seqs = hash_sequence(self.tokens, SIZE, SEED)
-        self.rows = array("I", [self._row(number, one) for number, one in enumerate(made)])
-        self.preferences = array("d", [one.taint for one in made])
-        self.turn = 0
-
-    def _row(self, number, made):
-        row = self.table.add(number)
-        depth = 0
-        for tier, blocks in enumerate(made.tiers):
-            if blocks:
-                slot = self.index.add_slot()
-                self.table.set_slot(row, tier, slot)
-                names = array("Q", [1000 * number + depth + i for i in range(blocks)])
-                for other in range(self.index.stats()["slots"]):
-                    if depth == 0 or self.index.holds(other, names[0] - 1):
-                        parent = names[0] - 1 if depth else None
-                        below = self.tokens[depth * SIZE : (depth + blocks) * SIZE]
-                        assert self.index.store(slot, parent, names[: len(below) // SIZE], below, SEED, None, other)
-                        break
-                depth += blocks
-        self.table.set_freshness(row, made.fresh)
-        self.table.describe(row, total_blocks=made.total, identity=identity(number), on_cpu=made.on_cpu)
-        self.table.book(row, self.seqs[: made.in_flight], made.queued, True)
-        self.table.book(row, array("Q", range(made.private)), 0, False)
-        for _ in range(made.requests):
-            ticket = self.table.book(row, NO_BLOCKS, 0, True)
-            self.table.first_token(ticket, 0)
-        self.table.set_foreign(row, *made.foreign)
-        return row
-
-    def expected_rows(self):
-        rows = []
-        for made in self.made:
-            tiers, left = [], len(self.seqs)
-            for blocks in made.tiers:
-                tiers.append(min(blocks, left))
-                left -= tiers[-1]
-            in_flight = min(made.in_flight, len(self.seqs))
-            requests, waiting, tokens, blocks = made.foreign
-            rows.append(
-                Row(
-                    overlap=Overlap(*tiers),
-                    in_flight_blocks=in_flight,
-                    freshness=made.fresh,
-                    queued_prefill_tokens=made.queued + tokens,
-                    active_blocks=in_flight + made.private + blocks,
-                    active_requests=made.requests + 2 + requests,
-                    total_blocks=min(made.total, 2**32 - 1),
-                    waiting_requests=2 + waiting,
-                    taint_preference=made.taint,
-                )
-            )
-        return rows
-
-    @property
-    def seats(self):
-        return [Seat(identity(number), made.on_cpu) for number, made in enumerate(self.made)]
-
-    def decide(
-        self,
-        weights=Weights(),  # noqa: B008
-        knobs=Knobs(),  # noqa: B008
-        *,
-        output=0,
-        explain=False,
-        preferences=True,
-        session=None,
-        learn=False,
-        **policy,
-    ):
-        return self.decider.decide(
-            self.tokens,
-            SEED,
-            None,
-            Policy(weights, knobs, **policy),
-            self.rows,
-            self.preferences if preferences else None,
-            output,
-            self.turn,
-            explain,
-            session,
-            learn,
-        )
-
-
-def identity(number):
-    return pick.scramble(number + 1)
+from reference.cost import COSTS, Ask, cached_tokens, new_tokens, preferred
+from reference.field import NO_BLOCKS, SEED, SIZE, Field, Made
+from reference.mode import MODES, Scene, fewest_requests_break_ties
 
 
 def tiers(draw_total):
@@ -239,7 +117,7 @@ def test_regret_is_that_of_the_reference(made, length, weights, learning):
     depth = regret.deepest(rows, Ask(length, SIZE))
     for learn in learning:
         ask = Ask(length, SIZE, regret=regrets.of(field.seqs[depth - 1]) if depth else 0.0)
-        choice = field.decide(weights, explain=True, learn=learn)
+        choice = field.decide(weights, explain=True, booked=learn)
         for seen, row, expected in zip(
             choice.recording.candidates(), rows, COSTS["default"].score(rows, ask, weights), strict=True
         ):
@@ -253,11 +131,18 @@ def test_a_prefix_that_many_wait_for_gets_another_holder_and_a_private_one_does_
     field = Field([Made(tiers=(2, 0, 0, 0), queued=19), Made()], range(12))
     weights = Weights(new_work_weight=3.0, request_weight=0.0)
     # 19 + 4 against 12 + 3 * 8: each that stays regrets 11, and the third finds 22 of the 24 paid.
-    assert [field.decide(weights, learn=True).row for _ in range(9)] == [0, 0, 1, 0, 0, 1, 0, 0, 1]
+    assert [field.decide(weights, booked=True).row for _ in range(9)] == [0, 0, 1, 0, 0, 1, 0, 0, 1]
     assert {field.decide(weights).row for _ in range(9)} == {0}  # asking alone teaches nothing
-    assert [field.decide(weights, learn=True).row for _ in range(2)] == [0, 0]
+    assert [field.decide(weights, booked=True).row for _ in range(2)] == [0, 0]
     field.tokens = array("I", [*range(8), 99, 98, 97, 96])  # another question behind the same prefix
     assert field.decide(weights).row == 1
+
+
+def test_waiting_counts_where_the_prefix_is_little_liked_too():
+    # The preference more than doubles what row 0 costs: (4 + 4) * exp(tanh(1)) = 17.1 against 12 + 3 * 8.
+    field = Field([Made(tiers=(2, 0, 0, 0), queued=4, taint=-1.0), Made()], range(12))
+    weights = Weights(new_work_weight=3.0, request_weight=0.0)
+    assert [field.decide(weights, booked=True).row for _ in range(6)] == [0, 0, 0, 0, 1, 0]
 
 
 @pytest.mark.parametrize("targets", [1, 2, 64, 1024])
@@ -283,107 +168,6 @@ def test_many_targets(targets, cost):
     assert field.decide(cost=cost, preferences=False).row == field.rows[pick.lowest(some, requests, dice)]
 
 
-def test_ties_go_to_the_fewest_requests_then_evenly():
-    field = Field([Made(requests=2), Made(requests=1), Made(queued=1), Made(requests=2)], [1])
-    weights = Weights(request_weight=0.0)
-    assert {field.decide(weights).row for _ in range(50)} == {1}
-    field = Field([Made(requests=3), Made(requests=3), Made(queued=1), Made(requests=3)], [1])
-    even = Counter(field.decide(weights).row for _ in range(9000))
-    assert set(even) == {0, 1, 3}
-    assert all(abs(count - 3000) < 300 for count in even.values())  # six standard deviations
-
-
-def test_softmax_follows_the_formula():
-    field = Field([Made(queued=10), Made(queued=20), Made(queued=40)], [])
-    draws, temperature = 30_000, 0.5
-    drawn = Counter(field.decide(temperature=temperature).row for _ in range(draws))
-    weights = [math.exp(-(cost - 10) / (30 * temperature)) for cost in (10, 20, 40)]
-    for row, weight in enumerate(weights):
-        share = weight / sum(weights)
-        assert drawn[row] / draws == pytest.approx(share, abs=6 * math.sqrt(share / draws))
-
-
-@pytest.mark.parametrize("temperature", [0.0, 0.5])
-@pytest.mark.parametrize("wrong", [math.nan, math.inf])
-def test_what_is_no_number_is_never_preferred(temperature, wrong):
-    field = Field([Made(taint=math.nan), Made(taint=1.0), Made(taint=math.nan)], range(8))
-    choices = [field.decide(cost="dynamo", temperature=temperature, explain=True) for _ in range(50)]
-    assert {choice.row for choice in choices} == {1}
-    assert [seen.cost for seen in choices[0].recording.candidates()][::2] == [math.inf, math.inf]
-    field = Field([Made(), Made()], range(8))
-    endless = [field.decide(Weights(new_work_weight=wrong), temperature=temperature) for _ in range(100)]
-    assert {choice.row for choice in endless} == {0, 1}  # somebody has to have it
-    assert all(choice.cost == math.inf for choice in endless)
-
-
-def test_taking_turns_and_chance():
-    field = Field([Made() for _ in range(5)], range(8))
-    for field.turn in range(12):
-        assert field.decide(mode="round-robin").row == field.turn % 5
-    even = Counter(field.decide(mode="random").row for _ in range(5000))
-    assert all(abs(even[row] - 1000) < 180 for row in range(5))
-
-
-def test_the_less_busy_of_two():
-    field = Field([Made(requests=number) for number in range(4)], range(8))
-    drawn = Counter(field.decide(mode="power-of-two").row for _ in range(6000))
-    # Of six pairs, the least busy row is in three, the next in two more, and so on; the busiest never wins.
-    assert [round(6 * drawn[row] / 6000) for row in range(4)] == [3, 2, 1, 0]
-    assert drawn[3] == 0
-    even = Field([Made()] * 3, range(8))
-    drawn = Counter(even.decide(mode="power-of-two").row for _ in range(3000))
-    assert all(abs(drawn[row] - 1000) < 160 for row in range(3))
-    assert Field([Made()], [1]).decide(mode="power-of-two").row == 0
-
-
-def test_targets_on_cpus_get_their_share():
-    """Each decision is booked: an accelerator that is worth four CPUs ends up with four times as much as one."""
-    field = Field([Made(), Made(), Made(on_cpu=True)], range(4))
-    for _ in range(900):
-        chosen = field.decide(knobs=Knobs(accelerator_to_cpu_ratio=4.0), mode="device-aware-weighted").row
-        field.table.book(chosen, NO_BLOCKS, 0, True)
-    requests = [field.table.load(row)[0] - 2 for row in field.rows]
-    assert requests == pytest.approx([400, 400, 100], abs=4)
-
-
-def test_a_session_stays_and_a_target_that_goes_moves_only_its_own():
-    sessions = [pick.scramble(number) for number in range(2000)]
-    field = Field([Made() for _ in range(8)], range(4))
-    knobs = Knobs(session_load_bound=1e6)
-    homes = {key: field.decide(knobs=knobs, mode="session", session=key).row for key in sessions}
-    assert all(abs(count - 250) < 90 for count in Counter(homes.values()).values())
-    assert len(set(homes.values())) == 8
-    field.rows, field.preferences = field.rows[:3] + field.rows[4:], field.preferences[1:]
-    for key, home in homes.items():
-        moved = field.decide(knobs=knobs, mode="session", session=key).row
-        assert home in {moved, 3}
-
-
-def test_a_busy_target_passes_sessions_on_and_nobody_exceeds_the_bound():
-    field = Field([Made() for _ in range(5)], range(4))
-    for number in range(500):
-        chosen = field.decide(knobs=Knobs(session_load_bound=1.25), mode="session", session=7 + number % 3).row
-        field.table.book(chosen, NO_BLOCKS, 0, True)
-    requests = [field.table.load(row)[0] for row in field.rows]
-    assert max(requests) <= math.ceil(1.25 * sum(requests) / 5)
-
-
-def test_prefix_modes_fall_back_when_the_match_is_short():
-    made = [Made((3, 0, 0, 0), requests=5), Made((3, 0, 0, 0), requests=4), Made()]
-    field = Field(made, range(20))
-    assert field.decide(mode="prefix").row == 1
-    assert field.decide(knobs=Knobs(prefix_threshold=12), mode="prefix").row == 1
-    assert field.decide(knobs=Knobs(prefix_threshold=13), mode="prefix").row == 2
-    assert field.decide(knobs=Knobs(kv_aware_threshold=8), mode="kv-aware").row == 1
-    assert field.decide(knobs=Knobs(kv_aware_threshold=7), mode="kv-aware").row == 2
-    homes = {
-        field.decide(knobs=Knobs(session_load_bound=9, kv_aware_threshold=7), mode="kv-aware", session=key).row
-        for key in range(50)
-    }
-    assert homes == {0, 1, 2}
-    assert Field([Made(requests=1), Made()], range(20)).decide(mode="kv-aware").row == 1  # nobody holds anything
-
-
 def test_the_average_of_new_tokens_follows_the_decisions():
     field = Field([Made()], range(20))
     assert field.decider.usual_new_tokens == 0
@@ -407,7 +191,7 @@ def test_without_an_index_load_alone_decides():
     rows = array("I", [table.add("a"), table.add("b")])
     table.book(rows[0], NO_BLOCKS, 5, True)
     choice = Decider(table).decide(
-        array("I", range(100)), SEED, None, Policy(Weights(), Knobs()), rows, None, 0, 0, True
+        array("I", range(100)), SEED, Shortlist(rows), Policy(Weights(), Knobs()), explain=True
     )
     assert (choice.row, choice.blocks, choice.tiers, choice.cached_tokens) == (1, 0, (0, 0, 0, 0), 0)
     assert [seen.terms for seen in choice.recording.candidates()] == [(5, 100, 0, 500, 0), (0, 100, 0, 0, 0)]
@@ -415,12 +199,12 @@ def test_without_an_index_load_alone_decides():
 
 def test_multimodal_content_and_seed_are_part_of_the_prompt():
     field = Field([Made((3, 0, 0, 0))], range(12))
-    policy = Policy(Weights(), Knobs())
+    asked = Shortlist(field.rows), Policy(Weights(), Knobs())
     ask = field.decider.decide
-    assert ask(field.tokens, SEED, {}, policy, field.rows, None, 0, 0, False).tiers[0] == 3
-    assert ask(field.tokens, SEED, {1: [9]}, policy, field.rows, None, 0, 0, False).tiers[0] == 1
+    assert ask(field.tokens, SEED, *asked, mm_hashes={}).tiers[0] == 3
+    assert ask(field.tokens, SEED, *asked, mm_hashes={1: [9]}).tiers[0] == 1
     assert field.decider.sequence() == hash_sequence(field.tokens, SIZE, SEED, {1: [9]})
-    assert ask(field.tokens, SEED + 1, None, policy, field.rows, None, 0, 0, False).tiers[0] == 0
+    assert ask(field.tokens, SEED + 1, *asked).tiers[0] == 0
 
 
 def test_the_decider_follows_rows_and_slots_that_come_and_go():
@@ -448,11 +232,10 @@ def test_the_decider_follows_rows_and_slots_that_come_and_go():
         ({"seed": -1}, ValueError, "seed"),
         ({"mm_hashes": {0: [2**64]}}, ValueError, "mm_hashes"),
         ({"policy": None}, TypeError, "policy"),
-        ({"rows": array("I")}, ValueError, "at least one row"),
-        ({"rows": array("Q", [0])}, ValueError, "array"),
-        ({"rows": array("I", [0, 2])}, KeyError, "row 2"),
-        ({"preferences": array("d", [1.0])}, ValueError, "preferences"),
-        ({"preferences": array("f", [1.0, 1.0])}, ValueError, "preferences"),
+        ({"shortlist": None}, TypeError, "shortlist"),
+        ({"shortlist": Shortlist(array("I"))}, ValueError, "at least one row"),
+        ({"shortlist": Shortlist(array("I", [0, 2]))}, KeyError, "row 2"),
+        ({"shortlist": Shortlist(array("I", [0, 1]), None, array("d", [1.0]))}, ValueError, "preferences"),
         ({"output_tokens": -1}, ValueError, "output_tokens"),
     ],
 )
@@ -461,17 +244,30 @@ def test_what_is_wrong_is_named_and_changes_nothing(change, error, said):
     asked = {
         "tokens": field.tokens,
         "seed": SEED,
-        "mm_hashes": None,
+        "shortlist": Shortlist(field.rows),
         "policy": Policy(Weights(), Knobs()),
-        "rows": field.rows,
-        "preferences": None,
-        "output_tokens": 0,
-        "turn": 0,
-        "explain": False,
     }
     with pytest.raises(error, match=said):
-        field.decider.decide(*(asked | change).values())
-    assert field.decider.decide(*asked.values()).tiers[0] == 2
+        field.decider.decide(**(asked | change))
+    assert field.decider.decide(**asked).tiers[0] == 2
+
+
+def test_a_shortlist_takes_arrays_of_its_types_only():
+    for wrong in (array("Q", [0]), array("i", [0])):
+        with pytest.raises(ValueError, match="rows"):
+            Shortlist(wrong)
+    with pytest.raises(ValueError, match="preferences"):
+        Shortlist(array("I", [0]), None, array("f", [1.0]))
+
+
+def test_only_what_is_booked_takes_a_turn():
+    field = Field([Made()] * 3, range(4))
+    turns = []
+    for booked in (True, False, False, True):
+        asked = Shortlist(field.rows), Policy(Weights(), Knobs(), mode="round-robin")
+        turns.append(field.decider.decide(field.tokens, SEED, *asked, booked=booked).row)
+    assert turns == [0, 1, 1, 1]
+    assert field.decider.turn == 2
 
 
 def test_policies_know_their_names():

@@ -22,6 +22,7 @@ from kvrouter_grpc.types import (
     Prompt,
     RouterOverride,
     RoutingHints,
+    RoutingRequest,
     StreamState,
     WorkerFacts,
     WorkerSpec,
@@ -72,7 +73,7 @@ def drive(router, count=60, seed=5):
             3: RoutingHints(session_id=f"s{number % 7}", expected_output_tokens=100),
             4: RoutingHints(allowed_worker_ids=frozenset(map(worker_id_of, NAMES[:2]))),
         }.get(kind, RoutingHints())
-        lease = router.lease(f"r{number}", Prompt(words), hints, prefilled=kind == 5)
+        lease = router.lease(RoutingRequest(Prompt(words), hints, "", f"r{number}", prefilled=kind == 5))
         picks.append(lease.decision.worker_name)
         if rng.random() < 0.4:
             lease.release()
@@ -158,7 +159,7 @@ async def test_a_line_has_what_the_decision_read_and_no_prompt(tmp_path):
     router = fleet()
     secret = array("I", range(987_654_300, 987_654_340))
     router.workers.set_draining(router.workers.named("c"), draining=True)
-    router.best_worker(Prompt(secret), RoutingHints(), request_id="mine")
+    router.best_worker(RoutingRequest(Prompt(secret), request_id="mine"))
     settings, line = [json.loads(text) for text in (await written(tmp_path, router)).read_text().splitlines()]
     assert settings["type"] == "settings"
     assert settings["router"]["cost"] == "default"
@@ -168,7 +169,7 @@ async def test_a_line_has_what_the_decision_read_and_no_prompt(tmp_path):
     assert "98765" not in json.dumps(line)
     assert "hashes" not in line
     router = fleet(hashes=True)
-    router.best_worker(Prompt(secret), RoutingHints())
+    router.best_worker(RoutingRequest(Prompt(secret)))
     (tmp_path / "decisions.jsonl").unlink()
     line = json.loads((await written(tmp_path, router)).read_text().splitlines()[1])
     assert line["hashes"] == router.index.sequence(Prompt(secret)).tolist()
@@ -226,7 +227,7 @@ async def test_a_file_that_cannot_be_written_is_said_and_tried_again(tmp_path):
     assert [each["event"] for each in said] == ["decisions not written"]
     path.parent.mkdir()
     assert await writer.flush()
-    router.best_worker(Prompt(array("I", [1])), RoutingHints())
+    router.best_worker(RoutingRequest(Prompt(array("I", [1]))))
     assert await writer.flush()
     assert replay(path)[0].decisions == 1
 
@@ -308,7 +309,7 @@ async def test_lines_that_cannot_be_are_refused(tmp_path, changed):
     for _ in range(2):
         event = BlocksStored(array("Q", [1, 2]), None, array("I", range(32)), 16)
         router.index.apply_payload(router.workers.named("a").targets[0], encode_batch([event]))
-        router.best_worker(Prompt(array("I", range(40))), RoutingHints())
+        router.best_worker(RoutingRequest(Prompt(array("I", range(40)))))
     path = await written(tmp_path, router)
     settings, first, second = path.read_text().splitlines()
     path.write_text("\n".join([settings, json.dumps(json.loads(first) | changed), second]))

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvrouter_grpc.core import Decider, Policy, RadixTree, TargetTable, hash_sequence
+from kvrouter_grpc.core import Decider, Policy, RadixTree, Shortlist, TargetTable, hash_sequence
 from kvrouter_grpc.routing.cost import Weights
 from kvrouter_grpc.routing.groups import CacheGroup, Rule, rule_of, unjudged
 from kvrouter_grpc.routing.mode import Knobs
@@ -68,7 +68,7 @@ def test_the_twin_agrees(rng, count, length):
     # The decision asks for no more than an engine uses: all but the block of the last token.
     table.set_freshness(row, 1.0)
     choice = Decider(table, 1).decide(
-        tree.tokens, SEED, None, Policy(Weights(), Knobs()), array("I", [row]), None, 0, 0, explain=True
+        tree.tokens, SEED, Shortlist(array("I", [row])), Policy(Weights(), Knobs()), explain=True
     )
     assert choice.tiers == (usable(held, step, length - 1) if length else (0, 0, 0, 0))
     table.set_groups(row, (), 1)

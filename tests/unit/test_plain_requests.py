@@ -21,7 +21,7 @@ from kvrouter_grpc.types import (
     Decision,
     Overlap,
     Prompt,
-    RoutingHints,
+    RoutingRequest,
     StreamState,
     Target,
     Tier,
@@ -142,7 +142,8 @@ class Fleet:
             self.add(rng, router, WorkerSpec(name, f"http://{name}", router.endpoint))
         elif kind < 5:
             try:
-                router.lease(str(rng.getrandbits(40)), Prompt(rng.choice(self.prompts)), RoutingHints())
+                name = str(rng.getrandbits(40))
+                router.lease(RoutingRequest(Prompt(rng.choice(self.prompts)), request_id=name))
             except RouterError:
                 return
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvrouter_grpc.core import COSTS, Decider, DecisionLog, Policy, RadixTree, Recording, TargetTable
+from kvrouter_grpc.core import COSTS, Decider, DecisionLog, Policy, RadixTree, Recording, Shortlist, TargetTable
 from kvrouter_grpc.routing.cost import Weights
 from kvrouter_grpc.routing.mode import Knobs
 
@@ -59,26 +59,20 @@ class Scene:
                 self.table.book(row, array("Q", [1, 2]), rng.randrange(3) * 16, rng.random() < 0.5)
             self.table.set_foreign(row, rng.randrange(4), 0, rng.randrange(50), rng.randrange(9))
         self.rows = array("I", range(targets))
-        self.decider = Decider(self.table, rng.getrandbits(63))
         self.log = DecisionLog(size, hashes=hashes)
+        self.decider = Decider(self.table, rng.getrandbits(63), self.log)
 
-    def decide(self, policy, *, explain=False, session=None, learn=False, taints=False, log=True, request_id=""):
+    def decide(self, policy, *, taints=False, request_id="", **more):
         preferences = array("d", [self.rng.choice((0.0, 1.5, -2)) for _ in self.rows]) if taints else None
+        self.decider.turn = self.rng.randrange(99)
         return self.decider.decide(
             self.prompt[: self.rng.randrange(0, len(self.prompt))],
             SEED,
-            None,
+            Shortlist(self.rows, None, preferences),
             policy,
-            self.rows,
-            preferences,
-            self.rng.randrange(40),
-            self.rng.randrange(99),
-            explain,
-            session,
-            learn,
-            self.log if log else None,
-            None,
             request_id,
+            output_tokens=self.rng.randrange(40),
+            **more,
         )
 
 
@@ -113,7 +107,7 @@ def test_a_recording_tells_what_decided_and_decides_it_again(rng, targets, mode,
     scene = Scene(rng, targets)
     chosen = policy(mode=mode, cost=cost, temperature=temperature)
     for _ in range(3):
-        choice = scene.decide(chosen, explain=True, session=session, learn=True, taints=taints)
+        choice = scene.decide(chosen, explain=True, session=session, booked=True, taints=taints)
         recording = choice.recording
         assert scene.log.since(scene.log.count - 1, 1) == (scene.log.count - 1, [recording])
         picked, scores, chances = recording.verdict()
@@ -171,7 +165,7 @@ def test_the_ring_keeps_the_last_and_counts_all():
     assert log.since(10, 5) == (10, [])
     each = log.bytes // 4
     assert 0 < each < 2 * 120
-    scene.decide(policy(), log=False)
+    scene.decide(policy(), remember=False)
     assert log.count == 10
 
 

@@ -1,12 +1,14 @@
 """Who may take a request: worked out once per change of the workers, and never older than that."""
 
+from array import array
+
 import pytest
 
 from kvrouter_grpc.core import TargetTable
-from kvrouter_grpc.errors import UnknownModelError, UnknownWorkerError
+from kvrouter_grpc.errors import NoWorkersError, UnknownModelError, UnknownWorkerError
 from kvrouter_grpc.routing.roster import MOST_NAMES, NO_ROW, Roster
 from kvrouter_grpc.routing.workers import WorkerRegistry
-from kvrouter_grpc.types import Role, RoutingHints, Target, WorkerFacts, WorkerSpec, WorkerState
+from kvrouter_grpc.types import Prompt, Role, RoutingHints, RoutingRequest, Target, WorkerFacts, WorkerSpec, WorkerState
 
 FREE = RoutingHints()
 
@@ -15,7 +17,7 @@ class Rig:
     def __init__(self):
         self.workers = WorkerRegistry()
         self.table = TargetTable()
-        self.roster = Roster(self.workers, self.table)
+        self.roster = Roster("a.b.c", self.workers, self.table)
 
     def add(self, name, *, dp=1, models=("base",), loras=(), rows=True, **spec):
         worker = self.workers.add(WorkerSpec(name, f"http://{name}", "a.b.c", dp_size=dp, **spec))
@@ -25,14 +27,15 @@ class Rig:
             self.table.add(target)
         return worker
 
-    def who(self, model="", hints=FREE, tried=()):
-        rows = self.roster.eligible(model, hints, tried)
-        return [(seat.worker.spec.name, seat.target.dp_rank) for seat in map(self.roster.seat, rows)]
+    def shortlist(self, model="", hints=FREE, tried=()):
+        return self.roster.shortlist(RoutingRequest(Prompt(array("I")), hints, model, exclude=frozenset(tried)))
 
-    def why(self, model="", hints=FREE, tried=()):
-        return {
-            (worker.spec.name, target.dp_rank): why for worker, target, why in self.roster.drops(model, hints, tried)
-        }
+    def who(self, *asked, **more):
+        seats = map(self.roster.seat, self.shortlist(*asked, **more).rows)
+        return [(seat.worker.spec.name, seat.target.dp_rank) for seat in seats]
+
+    def why(self):
+        return {(out.worker_name, out.target.dp_rank): out.reason for out in self.shortlist().occasion.left_out}
 
 
 @pytest.fixture
@@ -41,12 +44,12 @@ def rig():
 
 
 def test_every_change_is_seen_at_once(rig):
-    assert rig.who() == []
+    with pytest.raises(NoWorkersError, match=r"endpoint a\.b\.c has no workers"):
+        rig.who()
     b = rig.add("b", dp=2)
     assert rig.who() == [("b", 0), ("b", 1)]
     a = rig.add("a")
     assert rig.who() == [("a", 0), ("b", 0), ("b", 1)]
-    assert rig.who() is not None
     rig.workers.set_draining(a, draining=True)
     assert (rig.who(), rig.why()) == ([("b", 0), ("b", 1)], {("a", 0): "draining: draining"})
     rig.workers.set_draining(a, draining=False)
@@ -56,11 +59,14 @@ def test_every_change_is_seen_at_once(rig):
     assert len(rig.who()) == 3
     rig.workers.remove("b")
     assert rig.who() == [("a", 0)]
+    rig.table.remove(Target(a.worker_id, 0))
+    with pytest.raises(NoWorkersError, match=NO_ROW):
+        rig.who()
 
 
 def test_the_same_answer_is_not_worked_out_twice(rig):
     rig.add("a")
-    assert rig.roster.eligible("base", FREE, ()) is rig.roster.eligible("base", FREE, ())
+    assert rig.shortlist("base") is rig.shortlist("base")
 
 
 def test_a_request_narrows_it_down(rig):
@@ -100,4 +106,4 @@ def test_names_from_requests_do_not_pile_up(rig):
         assert rig.who(f"model {number}") == [("a", 0)]
         assert rig.roster.model_for(f"model {number}", "") == f"model {number}"
     picture = rig.roster._picture()
-    assert max(len(picture.eligible), len(picture.models)) <= MOST_NAMES
+    assert max(len(picture.shortlists), len(picture.models)) <= MOST_NAMES

@@ -24,6 +24,7 @@ from kvrouter_grpc.types import (
     Prompt,
     RouterOverride,
     RoutingHints,
+    RoutingRequest,
     StreamState,
     Target,
     WorkerFacts,
@@ -36,6 +37,7 @@ from reference.kv_events import BlocksStored
 ENDPOINT = "ns.backend.generate"
 FREE = RoutingHints()
 WORDS = list(range(100, 164))  # four blocks of 16
+PROMPT = Prompt(array("I", WORDS))
 
 
 class Clock:
@@ -78,8 +80,8 @@ def hold(router, worker, words, rank=0):
     router.index.apply_payload(Target(worker.worker_id, rank), encode_batch([event]))
 
 
-def prompt(words=WORDS, **kwargs):
-    return Prompt(array("I", words), **kwargs)
+def ask(hints=FREE, *, words=WORDS, **more):
+    return RoutingRequest(Prompt(array("I", words)), hints, **more)
 
 
 def test_the_longest_prefix_wins_and_the_reply_says_what_it_is():
@@ -87,7 +89,7 @@ def test_the_longest_prefix_wins_and_the_reply_says_what_it_is():
     add(router, "a")
     b = add(router, "b")
     hold(router, b, WORDS[:48])
-    decision = router.best_worker(prompt(), FREE, explain=True)
+    decision = router.best_worker(ask(explain=True))
     assert (decision.worker_name, decision.url, decision.target) == ("b", "http://b", Target(worker_id_of("b"), 0))
     assert (decision.overlap.device, decision.prompt_blocks, decision.expected_cached_tokens) == (3, 4, 48)
     assert [candidate.worker_name for candidate in decision.candidates] == ["b", "a"]
@@ -106,9 +108,9 @@ def test_deciding_changes_nothing_and_leasing_books():
     router = make()
     worker = add(router, "a")
     target = worker.targets[0]
-    router.best_worker(prompt(), FREE)
+    router.best_worker(ask())
     assert router.load(target).active_requests == 0
-    lease = router.lease("r1", prompt(), FREE)
+    lease = router.lease(ask(request_id="r1"))
     assert router.load(target) == TargetLoad(active_requests=1, queued_prefill_tokens=64, active_blocks=4)
     router.mark_prefill_complete("r1")
     assert router.load(target) == TargetLoad(active_requests=1, queued_prefill_tokens=0, active_blocks=4)
@@ -125,13 +127,13 @@ def test_a_burst_does_not_herd_and_a_shared_prefix_stays_together():
     for name in "abcd":
         add(router, name)
     burst = Counter(
-        router.lease(f"r{number}", prompt(range(number * 1000, number * 1000 + 640)), FREE).decision.worker_name
+        router.lease(ask(words=range(number * 1000, number * 1000 + 640), request_id=f"r{number}")).decision.worker_name
         for number in range(8)
     )
     assert set(burst.values()) == {2}
     shared = range(9000, 9640)
-    first = router.lease("s1", prompt(shared), FREE).decision
-    second = router.best_worker(prompt([*shared, *range(200, 216)]), FREE)
+    first = router.lease(ask(words=shared, request_id="s1")).decision
+    second = router.best_worker(ask(words=[*shared, *range(200, 216)]))
     assert second.worker_name == first.worker_name
     assert second.overlap.total == 0  # no event yet:
     assert second.expected_cached_tokens == 640  # what is in flight will be there
@@ -140,10 +142,10 @@ def test_a_burst_does_not_herd_and_a_shared_prefix_stays_together():
 def test_forgotten_reservations_expire(clock):
     router = make(clock, request_expiry_s=10)
     target = add(router, "a").targets[0]
-    router.lease("default", prompt(), FREE)
-    router.lease("own", prompt(), FREE, ttl_s=60)
+    router.lease(ask(request_id="default"))
+    router.lease(ask(request_id="own"), ttl_s=60)
     clock.now = 11
-    router.best_worker(prompt(), FREE)
+    router.best_worker(ask())
     assert router.load(target).active_requests == 1
     with pytest.raises(UnknownReservationError):
         router.free("default")
@@ -155,11 +157,11 @@ def test_forgotten_reservations_expire(clock):
 def test_a_request_id_is_unique_in_flight():
     router = make()
     add(router, "a")
-    router.lease("r", prompt(), FREE)
+    router.lease(ask(request_id="r"))
     with pytest.raises(DuplicateRequestError, match="'r' is in flight"):
-        router.lease("r", prompt(), FREE)
+        router.lease(ask(request_id="r"))
     router.free("r")
-    router.lease("r", prompt(), FREE).release()
+    router.lease(ask(request_id="r")).release()
 
 
 @pytest.mark.parametrize(
@@ -177,18 +179,18 @@ def test_who_cannot_serve_is_left_out_with_the_reason(change, said):
     hold(router, worker, WORDS)
     change(router, worker)
     with pytest.raises(NoWorkersError, match=said):
-        router.best_worker(prompt(), FREE)
+        router.best_worker(ask())
     with pytest.raises(PinnedWorkerUnavailableError, match=said):
-        router.best_worker(prompt(), RoutingHints(worker_id=worker.worker_id))
+        router.best_worker(ask(RoutingHints(worker_id=worker.worker_id)))
     add(router, "b")
-    decision = router.best_worker(prompt(), FREE, explain=True)
+    decision = router.best_worker(ask(explain=True))
     assert decision.worker_name == "b"
     assert said in decision.candidates[-1].dropped
 
 
 def test_no_workers_says_how_to_add_one():
     with pytest.raises(NoWorkersError, match="--worker"):
-        make().best_worker(prompt(), FREE)
+        make().best_worker(ask())
 
 
 def test_pins():
@@ -196,40 +198,40 @@ def test_pins():
     one, two = add(router, "one"), add(router, "two", dp=2)
     hold(router, one, WORDS)
     pin = RoutingHints(worker_id=two.worker_id, dp_rank=1)
-    assert router.best_worker(prompt(), pin).target == Target(two.worker_id, 1)
-    assert router.best_worker(prompt(), RoutingHints(worker_id=one.worker_id)).target == Target(one.worker_id, 0)
+    assert router.best_worker(ask(pin)).target == Target(two.worker_id, 1)
+    assert router.best_worker(ask(RoutingHints(worker_id=one.worker_id))).target == Target(one.worker_id, 0)
     with pytest.raises(UnknownWorkerError):
-        router.best_worker(prompt(), RoutingHints(worker_id=12345))
+        router.best_worker(ask(RoutingHints(worker_id=12345)))
     with pytest.raises(InvalidRequestError, match="2 ranks"):
-        router.best_worker(prompt(), RoutingHints(worker_id=two.worker_id))
+        router.best_worker(ask(RoutingHints(worker_id=two.worker_id)))
     with pytest.raises(InvalidRequestError, match="ranks 0 to 1"):
-        router.best_worker(prompt(), RoutingHints(worker_id=two.worker_id, dp_rank=2))
+        router.best_worker(ask(RoutingHints(worker_id=two.worker_id, dp_rank=2)))
     allowed = frozenset({one.worker_id})
     with pytest.raises(PinnedWorkerNotAllowedError):
-        router.best_worker(prompt(), RoutingHints(worker_id=two.worker_id, dp_rank=0, allowed_worker_ids=allowed))
+        router.best_worker(ask(RoutingHints(worker_id=two.worker_id, dp_rank=0, allowed_worker_ids=allowed)))
 
 
 def test_allowed_workers_taints_and_tried_targets():
     router = make()
     a, b = add(router, "a", taints=frozenset({"gpu", "big"})), add(router, "b", taints=frozenset({"gpu"}))
     hold(router, a, WORDS)
-    assert router.best_worker(prompt(), RoutingHints(allowed_worker_ids=frozenset({b.worker_id}))).worker_name == "b"
-    assert router.best_worker(prompt(), RoutingHints(required_taints=frozenset({"big"}))).worker_name == "a"
+    assert router.best_worker(ask(RoutingHints(allowed_worker_ids=frozenset({b.worker_id})))).worker_name == "b"
+    assert router.best_worker(ask(RoutingHints(required_taints=frozenset({"big"})))).worker_name == "a"
     with pytest.raises(NoWorkersError, match="lacks required taint cpu"):
-        router.best_worker(prompt(), RoutingHints(required_taints=frozenset({"gpu", "cpu"})))
-    assert router.best_worker(prompt(), FREE, exclude={a.targets[0]}).worker_name == "b"
+        router.best_worker(ask(RoutingHints(required_taints=frozenset({"gpu", "cpu"}))))
+    assert router.best_worker(ask(exclude=frozenset(a.targets[:1]))).worker_name == "b"
     with pytest.raises(NoWorkersError, match="allowed_worker_ids"):
-        router.best_worker(prompt(), RoutingHints(allowed_worker_ids=frozenset({1})))
+        router.best_worker(ask(RoutingHints(allowed_worker_ids=frozenset({1}))))
 
 
 def test_models_and_adapters():
     router = make()
     add(router, "a", models=("base",), loras=("adapter",))
     add(router, "b", models=("other",))
-    assert router.best_worker(prompt(), FREE, model="adapter").worker_name == "a"
-    assert router.best_worker(prompt(), FREE, model="other").worker_name == "b"
+    assert router.best_worker(ask(model="adapter")).worker_name == "a"
+    assert router.best_worker(ask(model="other")).worker_name == "b"
     with pytest.raises(UnknownModelError, match="'nope'"):
-        router.best_worker(prompt(), FREE, model="nope")
+        router.best_worker(ask(model="nope"))
     assert router.model_for("other", "") == "other"
     assert router.model_for("base", "adapter") == "adapter"
     with pytest.raises(UnknownModelError, match="base, other"):
@@ -243,13 +245,13 @@ def test_round_robin_takes_turns_and_random_spreads():
     router = make(mode="round-robin")
     for name in "abc":
         add(router, name)
-    taken = [router.lease(f"r{number}", prompt(), FREE).decision.worker_name for number in range(5)]
+    taken = [router.lease(ask(request_id=f"r{number}")).decision.worker_name for number in range(5)]
     assert taken == list("abcab")
-    assert {router.best_worker(prompt(), FREE).worker_name for _ in range(3)} == {"c"}  # asking takes no turn
+    assert {router.best_worker(ask()).worker_name for _ in range(3)} == {"c"}  # asking takes no turn
     router = make(mode="random")
     for name in "abc":
         add(router, name)
-    drawn = Counter(router.best_worker(prompt(), FREE).worker_name for _ in range(900))
+    drawn = Counter(router.best_worker(ask()).worker_name for _ in range(900))
     assert min(drawn.values()) > 200
     assert len(drawn) == 3
 
@@ -259,14 +261,14 @@ def test_override_temperature_and_cost():
     a, _ = add(router, "a"), add(router, "b")
     hold(router, a, WORDS)
     hot = RoutingHints(override=RouterOverride(temperature=100.0))
-    drawn = Counter(router.best_worker(prompt(), hot).worker_name for _ in range(400))
+    drawn = Counter(router.best_worker(ask(hot)).worker_name for _ in range(400))
     assert min(drawn["a"], drawn["b"]) > 100
-    assert {router.best_worker(prompt(), FREE).worker_name for _ in range(20)} == {"a"}
+    assert {router.best_worker(ask()).worker_name for _ in range(20)} == {"a"}
     other = RoutingHints(override=RouterOverride(cost="dynamo"))
-    decision = router.best_worker(prompt(), other, explain=True)
+    decision = router.best_worker(ask(other, explain=True))
     assert decision.candidates[0].terms == {"prefill": 0, "decode": 4, "active_requests": 0}
     blind = RoutingHints(override=RouterOverride(cost="dynamo", overlap_score_credit=0.0))
-    assert {router.best_worker(prompt(), blind).worker_name for _ in range(60)} == {"a", "b"}
+    assert {router.best_worker(ask(blind)).worker_name for _ in range(60)} == {"a", "b"}
 
 
 def test_a_picture_counts_as_far_as_it_is_to_be_trusted_and_a_cold_one_not_at_all():
@@ -274,17 +276,17 @@ def test_a_picture_counts_as_far_as_it_is_to_be_trusted_and_a_cold_one_not_at_al
     a = add(router, "a")
     hold(router, a, WORDS)
     follow(router, a.targets[0], StreamState.STALE, known=32, lost=2)
-    decision = router.best_worker(prompt(), FREE, explain=True)
+    decision = router.best_worker(ask(explain=True))
     assert decision.freshness == 0.5
     assert decision.candidates[0].terms["new_prefill"] == 64 - 16 * 2
     follow(router, a.targets[0], StreamState.COLD)
-    assert router.best_worker(prompt(), FREE).cost == 64
+    assert router.best_worker(ask()).cost == 64
 
 
 def test_untracked_load_is_not_booked():
     router = make(track_active_blocks=False, track_prefill_tokens=False)
     target = add(router, "a").targets[0]
-    router.lease("r", prompt(), FREE)
+    router.lease(ask(request_id="r"))
     load = router.load(target)
     assert (load.active_requests, load.active_blocks, load.queued_prefill_tokens) == (1, 0, 0)
 
@@ -294,18 +296,18 @@ def test_overlap_scores_are_sorted_and_weighted():
     a, b = add(router, "a", dp=2), add(router, "b", ready=False)
     hold(router, a, WORDS[:32], rank=1)
     hold(router, b, WORDS)
-    scores = router.overlap_scores(prompt())
+    scores = router.overlap_scores(PROMPT)
     assert (scores.block_size, scores.num_blocks) == (16, 4)
     assert [entry.target for entry in scores.targets] == sorted([*a.targets, *b.targets])
     held = {entry.target: entry.overlap.device for entry in scores.targets}
     assert (held[a.targets[0]], held[a.targets[1]], held[b.targets[0]]) == (0, 2, 4)
-    halved = router.overlap_scores(prompt(), RouterOverride(overlap_score_credit=0.5))
+    halved = router.overlap_scores(PROMPT, RouterOverride(overlap_score_credit=0.5))
     assert {entry.target: entry.credit_blocks for entry in halved.targets}[b.targets[0]] == 2
 
 
 def test_overlap_scores_need_a_block_size():
     with pytest.raises(NotReadyError, match="--router-block-size"):
-        make(block_size=None).overlap_scores(prompt())
+        make(block_size=None).overlap_scores(PROMPT)
 
 
 def test_a_worker_that_fits_again_is_taken_back():
@@ -316,7 +318,7 @@ def test_a_worker_that_fits_again_is_taken_back():
     assert "16" in worker.reason
     assert "32" in worker.reason
     router.check_block_size(worker, 16, "as it reports")
-    assert router.best_worker(prompt(), FREE).worker_name == "a"
+    assert router.best_worker(ask()).worker_name == "a"
 
 
 def test_ids_are_stable_across_routers():

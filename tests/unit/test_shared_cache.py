@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvrouter_grpc.config import RouterConfig
-from kvrouter_grpc.core import Decider, Policy, RadixTree, Recording, TargetTable, hash_sequence
+from kvrouter_grpc.core import Decider, Policy, RadixTree, Recording, Shortlist, TargetTable, hash_sequence
 from kvrouter_grpc.routing.cost import Weights, credit_blocks
 from kvrouter_grpc.routing.mode import Knobs
 from kvrouter_grpc.routing.plan import Plan
@@ -18,6 +18,7 @@ from kvrouter_grpc.types import (
     Prompt,
     RouterOverride,
     RoutingHints,
+    RoutingRequest,
     StreamState,
     Target,
     Tier,
@@ -106,7 +107,7 @@ def test_overlaps_are_those_of_the_reference(rng, length, targets):
         # Who may be chosen serves one model; what they share is not only what those have that may be chosen.
         asked = array("I", [row for row in scene.rows if scene.pools[row] == scene.pools[0]])
         for rows in (asked, asked[-1:]):
-            choice = decider.decide(scene.tokens, SEED, None, policy, rows, None, 0, 0, explain=True)
+            choice = decider.decide(scene.tokens, SEED, Shortlist(rows), policy, explain=True)
             seen = choice.recording.candidates()
             assert [each.tiers for each in seen] == [expected[row] for row in rows]
             assert choice.tiers == expected[choice.row]
@@ -201,7 +202,7 @@ def stored(first, end, tier):
 
 
 def asked(router, *, model="", hints=FREE):
-    decision = router.best_worker(Prompt(array("I", [*WORDS, 1])), hints, model=model, explain=True)
+    decision = router.best_worker(RoutingRequest(Prompt(array("I", [*WORDS, 1])), hints, model, explain=True))
     return decision, {each.worker_name: each for each in decision.candidates}
 
 
@@ -223,7 +224,8 @@ def test_a_block_in_remote_storage_counts_for_every_worker():
     _, seen = asked(router, hints=RoutingHints(override=RouterOverride(shared_cache_multiplier=0.25)))
     assert seen["b"].terms["prefill"] == pytest.approx(97 / 16 - 2 - 4 * 0.25)
     # It is fetched, so the engine finds it: what is booked and foretold follows.
-    pinned = router.lease("r", Prompt(array("I", [*WORDS, 1])), RoutingHints(worker_id=b.worker_id)).decision
+    pin = RoutingHints(worker_id=b.worker_id)
+    pinned = router.lease(RoutingRequest(Prompt(array("I", [*WORDS, 1])), pin, request_id="r")).decision
     assert (pinned.expected_cached_tokens, pinned.new_tokens) == (96, 97 - 64)
     # What is removed there is nobody's any more.
     tell(router, a, BlocksRemoved(array("Q", [4]), Tier.REMOTE))
@@ -255,5 +257,6 @@ def test_the_load_decides_where_all_can_fetch():
     a, b = add(router, "a"), add(router, "b")
     tell(router, a, stored(0, 6, Tier.REMOTE))
     for number in range(3):
-        router.lease(f"r{number}", Prompt(array("I", [5] * 64)), RoutingHints(worker_id=a.worker_id))
+        pin = RoutingHints(worker_id=a.worker_id)
+        router.lease(RoutingRequest(Prompt(array("I", [5] * 64)), pin, request_id=f"r{number}"))
     assert asked(router)[0].target.worker_id == b.worker_id

@@ -11,6 +11,7 @@ try:
     from kvrouter_grpc.core.recording import Recording
     from kvrouter_grpc.core.reply_wire import answer_reply, best_worker_head, best_worker_reply, delimited
     from kvrouter_grpc.core.request_wire import entries, read_plain, split
+    from kvrouter_grpc.core.shortlist import Shortlist
     from kvrouter_grpc.core.snapshot import read_slot, write_slot
     from kvrouter_grpc.core.target_table import TargetTable
     from kvrouter_grpc.core.token_ids import TokenIds, json_array
@@ -28,6 +29,7 @@ __all__ = [
     "Policy",
     "RadixTree",
     "Recording",
+    "Shortlist",
     "TargetTable",
     "TokenIds",
     "answer_reply",

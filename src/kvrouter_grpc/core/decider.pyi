@@ -6,6 +6,7 @@ from typing_extensions import Buffer
 from kvrouter_grpc.core.choice import Choice
 from kvrouter_grpc.core.decision_log import DecisionLog
 from kvrouter_grpc.core.policy import Policy
+from kvrouter_grpc.core.shortlist import Shortlist
 from kvrouter_grpc.core.target_table import TargetTable
 
 class Decider:
@@ -16,50 +17,49 @@ class Decider:
     Args:
         table: The targets.
         seed: Of the random choices, a u64, for a repeatable run; None is random.
+        log: Takes a recording of every decision that is to be remembered; None: none.
     """
 
     table: TargetTable
+    log: DecisionLog | None
     usual_new_tokens: float
     """Moving average of what the chosen targets had to compute."""
+    turn: int
+    """Of mode round-robin: `turn % len(rows)` is taken; counts the prompts that were booked."""
 
-    def __init__(self, table: TargetTable, seed: int | None = None) -> None: ...
+    def __init__(self, table: TargetTable, seed: int | None = None, log: DecisionLog | None = None) -> None: ...
     def decide(
         self,
         tokens: Buffer,
         seed: int,
-        mm_hashes: Mapping[int, Sequence[int]] | None,
+        shortlist: Shortlist,
         policy: Policy,
-        rows: array[int],
-        preferences: array[float] | None,
-        output_tokens: int,
-        turn: int,
-        explain: bool,
-        session: int | None = None,
-        learn: bool = False,
-        log: DecisionLog | None = None,
-        occasion: object = None,
         request_id: str = "",
+        *,
+        mm_hashes: Mapping[int, Sequence[int]] | None = None,
+        output_tokens: int = 0,
+        session: int | None = None,
+        explain: bool = False,
+        remember: bool = True,
+        booked: bool = False,
     ) -> Choice:
         """Choose the row that should have a prompt.
 
-        Changes nothing but the random generator, the average and, with `learn`, the regret.
+        Changes nothing but the log, the random generator, the average and, when `booked`, the turn and the regret.
 
         Args:
             tokens: The prompt's token ids, u32.
             seed: What `seed_for` returned.
-            mm_hashes: As for `hash_sequence`.
+            shortlist: The rows that may be chosen, at least one.
             policy: How to choose.
-            rows: The rows that may be chosen, `array("I")`, at least one.
-            preferences: For each of them the sum of the request's preferences for its taints, `array("d")`; None: 0.
+            request_id: The request's name, for the log.
+            mm_hashes: As for `hash_sequence`.
             output_tokens: Tokens that the answer is expected to have.
-            turn: Of mode round-robin; `turn % len(rows)` is taken.
-            explain: Fill `terms` and `recording`.
             session: Hash of the session that the request belongs to, a u64; None without one.
-            learn: The request will be sent there: count what staying with its prefix costs it (cost `default`, see
-                `regret.pxd`).
-            log: Takes a recording of the decision; None: none.
-            occasion: Whatever explains the rows; it is kept with the recording, as the next.
-            request_id: The request's name.
+            explain: Fill `terms` and `recording`.
+            remember: Let the log have the decision.
+            booked: The request will be sent there: it takes its turn, and what staying with its prefix costs it counts
+                (cost `default`, see `regret.pxd`).
 
         Raises:
             ValueError: A buffer of another type, no rows, or a prompt of more than 2**20 blocks.

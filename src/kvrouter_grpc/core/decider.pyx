@@ -30,6 +30,7 @@ from kvrouter_grpc.core.question cimport Question, question_compare, question_lo
 from kvrouter_grpc.core.recording cimport Recording, record
 from kvrouter_grpc.core.regret cimport PREFIXES, Regret, regret_of, regret_set
 from kvrouter_grpc.core.shared cimport shared_mark, shared_reach
+from kvrouter_grpc.core.shortlist cimport Shortlist
 from kvrouter_grpc.core.target_table cimport TargetTable
 from kvrouter_grpc.core.walk cimport Step, tree_match, tree_path
 
@@ -45,7 +46,9 @@ cdef class Decider:
     """Answers where a prompt should go; the full description is in `decider.pyi`."""
 
     cdef readonly TargetTable table
+    cdef readonly DecisionLog log
     cdef readonly double usual_new_tokens
+    cdef public uint64_t turn
     cdef Dice dice
     cdef uint64_t* seqs
     cdef size_t seqs_capacity
@@ -64,8 +67,9 @@ cdef class Decider:
     cdef size_t scores_capacity
     cdef Regret* regrets  # by prefix
 
-    def __cinit__(self, TargetTable table not None, seed=None):
+    def __cinit__(self, TargetTable table not None, seed=None, DecisionLog log=None):
         self.table = table
+        self.log = log
         self.regrets = <Regret*>calloc(PREFIXES, sizeof(Regret))
         if self.regrets == NULL:
             raise MemoryError
@@ -85,18 +89,16 @@ cdef class Decider:
         self,
         tokens not None,
         seed,
-        mm_hashes,
+        Shortlist shortlist not None,
         Policy policy not None,
-        c_array.array rows not None,
-        c_array.array preferences,
-        output_tokens,
-        uint64_t turn,
-        bint explain,
-        session=None,
-        bint learn=False,
-        DecisionLog log=None,
-        occasion=None,
         str request_id="",
+        *,
+        mm_hashes=None,
+        output_tokens=0,
+        session=None,
+        bint explain=False,
+        bint remember=True,
+        bint booked=False,
     ):
         """The row that should have the prompt."""
         cdef Question question
@@ -104,22 +106,23 @@ cdef class Decider:
         cdef uint32_t chosen
         cdef Choice choice
         cdef Recording recording
+        cdef DecisionLog log = self.log if remember else None
         cdef Dice dice = self.dice
         cdef uint32_t i
         question.weights = &policy.weights
         question.known = NULL
-        question.count = <uint32_t>len(rows)
-        question.rows = rows.data.as_uints
+        question.count = <uint32_t>len(shortlist.rows)
+        question.rows = shortlist.rows.data.as_uints
         question.preferences = NULL
-        caller.turn = turn
+        caller.turn = self.turn
         caller.has_session = session is not None
         caller.session = as_u64("session", session) if session is not None else 0
-        if rows.typecode != "I" or question.count == 0:
-            raise ValueError("rows must be an array('I') of at least one row")
-        if preferences is not None:
-            if preferences.typecode != "d" or <uint32_t>len(preferences) != question.count:
-                raise ValueError("preferences must be an array('d') as long as rows")
-            question.preferences = preferences.data.as_doubles
+        if question.count == 0:
+            raise ValueError("the shortlist must have at least one row")
+        if shortlist.preferences is not None:
+            if <uint32_t>len(shortlist.preferences) != question.count:
+                raise ValueError("the shortlist must have as many preferences as rows")
+            question.preferences = shortlist.preferences.data.as_doubles
         for i in range(question.count):
             if question.rows[i] >= self.table.capacity or not self.table.rows[question.rows[i]].in_use:
                 raise KeyError(f"row {question.rows[i]} is not in use")
@@ -133,7 +136,7 @@ cdef class Decider:
         if explain or log is not None:
             recording = record(&question, &caller, self.table.ledgers, dice, chosen, <uint32_t>self.blocks)
             recording.policy = policy
-            recording.occasion = occasion
+            recording.occasion = shortlist.occasion
             recording.request_id = request_id
             if log is not None:
                 if log.hashes:
@@ -141,8 +144,10 @@ cdef class Decider:
                 log.put(recording)
             if explain:
                 choice.recording = recording
-        if learn and question.deepest and policy.mode == LOWEST_COST:
-            self._learn(&question, chosen)
+        if booked:
+            self.turn += 1
+            if question.deepest and policy.mode == LOWEST_COST:
+                self._learn(&question, chosen)
         self.usual_new_tokens += (<double>choice.new_tokens - self.usual_new_tokens) / USUAL
         return choice
 

@@ -18,7 +18,7 @@ class Recording:
 
     policy: Policy
     occasion: object
-    """What was given to `Decider.decide`, as the next."""
+    """Of the shortlist it chose from."""
     request_id: str
     sequence: array[int] | None
     """The sequence hashes of the prompt, where the log keeps them."""

@@ -211,7 +211,7 @@ class Attendant:
             self.client.set_down(health is Health.GONE or slow >= SLOW_CHECKS)
             for target, subscriber in self._subscribers.items():
                 self._judge_report_mode(target)
-                if self.router.resync_due(target):
+                if self.router.feedback.resync_due(target):
                     self._log.warning("picture is wrong", dp_rank=target.dp_rank, detail="forgetting and replaying it")
                     subscriber.resync()
             if health is Health.GOOD:
@@ -255,7 +255,7 @@ class Attendant:
             if reports and not self._same_process(reports[0].process_start_time):
                 self.doubt()  # it may serve something else now
             for target, report in zip(self.worker.targets, reports, strict=False):
-                self.router.engine_reported(target, report)
+                self.router.feedback.engine_reported(target, report)
 
     def _same_process(self, started_at: float | None) -> bool:
         """Compare the start of its process with what it said before; what a process before held is forgotten at once.
@@ -268,7 +268,7 @@ class Attendant:
         if known:
             self._log.warning("worker restarted", started_at=started_at)
             for target in self.worker.targets:
-                self.router.engine_restarted(target)
+                self.router.feedback.engine_restarted(target)
             for subscriber in self._subscribers.values():
                 subscriber.notify_restarted()
         return not known

@@ -160,7 +160,7 @@ class RouterCollector(Collector):
     def _ranks(self, router: Router, worker: WorkerView) -> Iterator[_Rank]:
         for stream in worker.streams:
             target = Target(worker.worker_id, stream.dp_rank)
-            yield _Rank(worker, stream, router.load(target), router.engine_report(target))
+            yield _Rank(worker, stream, router.load(target), router.feedback.engine_report(target))
 
     def _of_endpoints(self) -> Iterator[Metric]:
         ready = GaugeMetricFamily(PREFIX + "ready", "1 while the router is ready to serve.")

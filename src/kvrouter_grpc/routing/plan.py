@@ -7,7 +7,7 @@ from kvrouter_grpc.config import RouterConfig
 from kvrouter_grpc.core import Policy
 from kvrouter_grpc.routing.cost import Weights
 from kvrouter_grpc.routing.mode import Knobs
-from kvrouter_grpc.types import RouterOverride
+from kvrouter_grpc.types import RouterOverride, RoutingRequest
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,3 +81,26 @@ class Plan:
             track_prefill_tokens=False,
         )
         return Plan.make(weights, self.knobs, "dynamo", self.mode, self.temperature)
+
+
+class Plans:
+    """The plans of an endpoint's requests.
+
+    Args:
+        config: Of the endpoint.
+
+    Attributes:
+        usual: Of requests that change nothing.
+    """
+
+    def __init__(self, config: RouterConfig) -> None:
+        self.usual = Plan.of(config)
+        self._decoding = self.usual.decoding()
+
+    def of(self, request: RoutingRequest) -> Plan:
+        """The plan that a request is decided and booked by."""
+        override = request.hints.override
+        if override is None:
+            return self._decoding if request.prefilled else self.usual
+        plan = self.usual.changed(override)
+        return plan.decoding() if request.prefilled else plan

@@ -1,16 +1,16 @@
 """The targets of an endpoint by row, and which of them may take a request."""
 
 from array import array
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple, TypeVar
 
-from kvrouter_grpc.core import TargetTable, hash_bytes, seed_for
+from kvrouter_grpc.core import Shortlist, TargetTable, hash_bytes, seed_for
 from kvrouter_grpc.errors import UnknownModelError
-from kvrouter_grpc.routing import candidates
+from kvrouter_grpc.routing import eligibility
 from kvrouter_grpc.routing.mode import CPU_TAINT
 from kvrouter_grpc.routing.workers import Worker, WorkerRegistry
-from kvrouter_grpc.types import Role, RouterOverride, RoutingHints, Target
+from kvrouter_grpc.types import Prompt, Role, RouterOverride, RoutingRequest, Target
 
 _K = TypeVar("_K")
 _V = TypeVar("_V")
@@ -19,9 +19,6 @@ MOST_NAMES = 256
 """Models whose answers are kept at a time: names come from requests."""
 
 NO_ROW = "starting: its ranks are not set up yet"
-
-FREE = RoutingHints()
-"""Asks for nothing."""
 
 
 @dataclass(slots=True, eq=False)
@@ -57,9 +54,9 @@ class Occasion(NamedTuple):
 class Lane(NamedTuple):
     """What prompts for one model are decided by that ask for nothing else."""
 
-    rows: "array[int]"  # that may be chosen
+    request: RoutingRequest  # one of them, without its prompt
+    shortlist: Shortlist
     seed: int  # of the block hashes
-    occasion: Occasion
 
 
 @dataclass(slots=True)
@@ -71,21 +68,22 @@ class _Picture:
     seats: dict[int, Seat]  # by row
     role: Role
     loras: frozenset[str]  # adapters that somebody serves
-    eligible: dict[str, "array[int]"] = field(default_factory=dict)  # by model
+    shortlists: dict[str, Shortlist] = field(default_factory=dict)  # by model, of requests that leave nobody out
     models: dict[tuple[str, str], str] = field(default_factory=dict)
     lanes: dict[str, Lane] = field(default_factory=dict)  # by model as it is asked for
-    occasions: dict[str, Occasion] = field(default_factory=dict)  # by model
 
 
 class Roster:
     """Answers who may take a request from what it worked out once per change of the workers.
 
     Args:
-        workers: Of the endpoint.
+        endpoint: Named in errors.
+        workers: Its workers.
         table: The rows of their targets; a target without a row is not picked.
     """
 
-    def __init__(self, workers: WorkerRegistry, table: TargetTable) -> None:
+    def __init__(self, endpoint: str, workers: WorkerRegistry, table: TargetTable) -> None:
+        self._endpoint = endpoint
         self._workers = workers
         self._table = table
         self._last = self._draw()
@@ -105,61 +103,55 @@ class Roster:
         return model in self._picture().loras
 
     def seat(self, row: int) -> Seat:
-        """Whose row it is, as of the last `eligible` or `lane`."""
+        """Whose row it is, as of the last `shortlist` or `lane`."""
         return self._last.seats[row]
 
     def lane(self, model: str) -> Lane:
-        """What prompts for `model` are decided by that ask for nothing else. Raises as `eligible` and `model_for`."""
+        """What prompts for `model` are decided by that ask for nothing else. Raises as `shortlist` and `model_for`."""
         picture = self._picture()
         lane = picture.lanes.get(model)
         if lane is None:
             adapter = model if model in picture.loras else ""
-            name = self.model_for(model, adapter)
-            rows = self.eligible(name, FREE, ())
-            lane = Lane(rows, seed_for(adapter, ""), self.occasion(name, FREE, ()))
+            request = _plain(self.model_for(model, adapter))
+            lane = Lane(request, self.shortlist(request), seed_for(adapter, ""))
             _keep(picture.lanes, model, lane)
         return lane
 
-    def eligible(self, model: str, hints: RoutingHints, tried: Collection[Target]) -> "array[int]":
-        """Rows of the targets that may take the request, by name and rank; see `candidates.why_not`.
+    def shortlist(self, request: RoutingRequest, *, explained: bool = True) -> Shortlist:
+        """The targets that may take a request, by name and rank, as `eligibility.why_not` has it; at least one.
+
+        Args:
+            request: The request.
+            explained: Whether its occasion is needed.
 
         Raises:
-            RouterError: The pin or the model cannot be served by anybody, whatever its state.
+            RouterError: There is none; the class and message say why.
         """
         picture = self._picture()
-        if hints.worker_id is not None:
-            candidates.check_pin(self._workers, hints)
-        rows = picture.eligible.get(model)
-        if rows is None:
-            candidates.check_model(picture.workers, model)
-            rows = self._pick_out(picture.workers, model, FREE, ())
-            _keep(picture.eligible, model, rows)
-        if _narrows(hints, tried):
-            pinned = self._workers.get(hints.worker_id) if hints.worker_id is not None else None
-            rows = self._pick_out([pinned] if pinned else picture.workers, model, hints, tried)
-        return rows
+        hints = request.hints
+        pinned = eligibility.pinned(self._workers, hints) if hints.worker_id is not None else None
+        shortlist = picture.shortlists.get(request.model)
+        if shortlist is None:
+            eligibility.check_model(picture.workers, request.model)
+            plain = _plain(request.model)
+            shortlist = Shortlist(self._eligible(picture.workers, plain), self._occasion(plain))
+            _keep(picture.shortlists, request.model, shortlist)
+        if pinned or hints.allowed_worker_ids is not None or hints.required_taints or request.exclude:
+            rows = self._eligible([pinned] if pinned else picture.workers, request)
+            shortlist = Shortlist(rows, self._occasion(request) if explained else None)
+        if not shortlist.rows:
+            raise eligibility.none_eligible(self._endpoint, list(self._drops(request)), hints)
+        return shortlist
 
-    def drops(self, model: str, hints: RoutingHints, tried: Collection[Target]) -> Iterator[tuple[Worker, Target, str]]:
+    def _drops(self, request: RoutingRequest) -> Iterator[tuple[Worker, Target, str]]:
         """The targets that may not take it, each with the reason."""
         for worker in self._picture().workers:
             for target in worker.targets:
-                reason = candidates.why_not(worker, target, model, hints, tried)
+                reason = eligibility.why_not(worker, target, request)
                 if not reason and self._table.row(target) is None:
                     reason = NO_ROW
                 if reason:
                     yield worker, target, reason
-
-    def occasion(self, model: str, hints: RoutingHints, tried: Collection[Target]) -> Occasion:
-        """What explains a decision among those that are eligible: who they are, and why the others are not."""
-        picture = self._picture()
-        occasion = None if _narrows(hints, tried) else picture.occasions.get(model)
-        if occasion is None:
-            drops = self.drops(model, hints, tried)
-            left_out = tuple(LeftOut(target, worker.spec.name, reason) for worker, target, reason in drops)
-            occasion = Occasion(picture.seats, left_out)
-            if not _narrows(hints, tried):
-                _keep(picture.occasions, model, occasion)
-        return occasion
 
     def model_for(self, model: str, lora_name: str) -> str:
         """The name under which the engine knows what is asked for.
@@ -174,17 +166,19 @@ class Roster:
             _keep(picture.models, (model, lora_name), name)
         return name
 
-    def _pick_out(
-        self, workers: list[Worker], model: str, hints: RoutingHints, tried: Collection[Target]
-    ) -> "array[int]":
+    def _eligible(self, workers: list[Worker], request: RoutingRequest) -> "array[int]":
         rows = array("I")
         for worker in workers:
             for target in worker.targets:
-                if not candidates.why_not(worker, target, model, hints, tried):
+                if not eligibility.why_not(worker, target, request):
                     row = self._table.row(target)
                     if row is not None:
                         rows.append(row)
         return rows
+
+    def _occasion(self, request: RoutingRequest) -> Occasion:
+        left_out = (LeftOut(target, worker.spec.name, reason) for worker, target, reason in self._drops(request))
+        return Occasion(self._picture().seats, tuple(left_out))
 
     def _picture(self) -> _Picture:
         if self._last.versions != (self._workers.version, self._table.version):
@@ -214,14 +208,17 @@ class Roster:
         return _Picture(versions, workers, seats, role, loras)
 
 
-def _narrows(hints: RoutingHints, tried: Collection[Target]) -> bool:
-    """Whether a request leaves somebody out that may take others."""
-    return bool(hints.worker_id is not None or hints.allowed_worker_ids is not None or hints.required_taints or tried)
+def _plain(model: str) -> RoutingRequest:
+    """A request for a model that asks for nothing else."""
+    return RoutingRequest(_NO_PROMPT, model=model)
+
+
+_NO_PROMPT = Prompt(array("I"))
 
 
 def _model_for(workers: list[Worker], wanted: str) -> str:
     if wanted:
-        candidates.check_model(workers, wanted)
+        eligibility.check_model(workers, wanted)
         return wanted
     bases = {base for worker in workers if (base := _base_model(worker))}
     if len(bases) > 1:

@@ -1,9 +1,15 @@
 """Which target each session is bound to: a session stays where its prefix is cached until it was idle for a while."""
 
-from kvrouter_grpc.types import Target
+from kvrouter_grpc.core import hash_bytes
+from kvrouter_grpc.types import RoutingHints, Target
 
 MOST_SESSIONS = 1 << 17
 """Sessions that are remembered; the one idle for longest goes first. Some 25 MB."""
+
+
+def session_of(hints: RoutingHints) -> int | None:
+    """The hash of the session that a request belongs to; None without one."""
+    return hash_bytes(hints.session_id.encode(), 0) if hints.session_id else None
 
 
 class Sessions:

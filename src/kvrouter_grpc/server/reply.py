@@ -7,8 +7,8 @@ import msgspec
 from kvrouter_grpc._gen import admin_pb2, common_pb2, router_pb2
 from kvrouter_grpc.core import best_worker_head
 from kvrouter_grpc.routing.loads import TargetLoad
+from kvrouter_grpc.routing.overlap_scores import OverlapScores
 from kvrouter_grpc.routing.roster import Seat
-from kvrouter_grpc.routing.router import OverlapScores
 from kvrouter_grpc.server import duration
 from kvrouter_grpc.types import Candidate, Decision, EngineChunk, Explanation, Overlap, TokenLogprob
 from kvrouter_grpc.upstream.prefill_leg import Handover

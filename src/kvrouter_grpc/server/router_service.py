@@ -38,7 +38,7 @@ from kvrouter_grpc.server.reply import (
 )
 from kvrouter_grpc.server.tokenizer import Tokenizer
 from kvrouter_grpc.server.violations import Bounds, Violations
-from kvrouter_grpc.types import Decision, EngineRequest, Explanation, Prompt, RoutingHints
+from kvrouter_grpc.types import Decision, EngineRequest, Explanation, Prompt, RoutingRequest
 from kvrouter_grpc.upstream.relay import Relay
 from kvrouter_grpc.upstream.waiting import booked
 
@@ -124,22 +124,14 @@ class RouterService:
         self._refuse_when_draining()
         request = asked.message
         request_id = name_call(request.request_id)
-        router = self._endpoints.one(request.endpoint)
         violations = Violations()
-        check_request_id(request.request_id, violations)
-        session = self._session_of(context, router, violations)
-        tenant = self._tenant_of(context, router, violations)
-        hints = read_hints(request, lambda: router.role, violations, session, tenant)
         params = read_params(request, violations)
         transfer = read_object("kv_transfer_params_json", request.kv_transfer_params_json, violations)
-        prompt = self._read_prompt(asked, request.model, router, violations)
-        if request.text:
-            prompt = await self._tokenized(prompt, request.text)
-        model = router.model_for(request.model, prompt.lora_name)
+        router, routing = await self._routing(asked, request_id, violations, context)
         engine_request = EngineRequest(
             request_id=request_id,
-            model=model,
-            tokens=prompt.tokens,
+            model=routing.model,
+            tokens=routing.prompt.tokens,
             params=params,
             cache_salt=request.cache_salt,
             priority=request.priority if request.HasField("priority") else None,
@@ -147,12 +139,12 @@ class RouterService:
         )
         if any(mark.partition(":")[0] == QUERY_ONLY for mark in request.annotations):
             message = router_pb2.GenerateResponse()
-            step = self._relay.preview(router, prompt, hints, engine_request)
+            step = self._relay.preview(router, routing, engine_request)
             write_routing_data(message.routing, cast("Decision", step.decision), request_id, 0, step.prefill)
             yield message.SerializeToString()
             return
         writer = AnswerWriter()
-        async with aclosing(self._relay.generate(router, prompt, hints, engine_request)) as steps:
+        async with aclosing(self._relay.generate(router, routing, engine_request)) as steps:
             async for step in steps:
                 if step.decision is None and len(step.chunks) == 1 and (reply := answer_reply(step.chunks[0])):
                     yield reply
@@ -260,30 +252,18 @@ class RouterService:
             violations.add("request_id", "is empty; a reservation needs a name to be freed by")
         if ttl_s is not None and not request.reserve:
             violations.add("ttl", "is the life of a reservation; set reserve, or leave it out")
-        router, prompt, hints, model = await self._question(asked, violations, context)
-        explain = request.include_candidates
+        router, routing = await self._routing(asked, request.request_id, violations, context)
+        if request.include_candidates or request.prefilled:
+            routing = routing._replace(explain=request.include_candidates, prefilled=request.prefilled)
         reply = router_pb2.BestWorkerIdResponse()
         if request.reserve:
-            if context is None:
-                hints = replace(hints, may_wait=False)  # it would hold up the others of its batch
-            name = request.request_id
-            lease = await booked(
-                router,
-                name,
-                prompt,
-                hints,
-                model=model,
-                ttl_s=ttl_s,
-                explain=explain,
-                prefilled=request.prefilled,
-            )
+            if context is None:  # it would hold up the others of its batch
+                routing = routing._replace(hints=replace(routing.hints, may_wait=False))
+            lease = await booked(router, routing, ttl_s)
             decision = lease.decision
             duration.write(reply.reservation_ttl, lease.expires_in_s)
         else:
-            given = request.request_id
-            decision = router.best_worker(
-                prompt, hints, model=model, explain=explain, prefilled=request.prefilled, request_id=given
-            )
+            decision = router.best_worker(routing)
         write_best_worker(reply, decision, router.load(decision.target))
         return reply.SerializeToString()
 
@@ -293,13 +273,17 @@ class RouterService:
         if request.reserve:
             violations.add("request.reserve", "is set; an explanation books nothing, leave it out")
         asked = readable(self._read_best(request.SerializeToString()))
-        router, prompt, hints, model = await self._question(asked, violations, None)
-        return router.explain(prompt, hints, model=model, prefilled=request.prefilled)
+        router, routing = await self._routing(asked, "", violations, None)
+        return router.explain(routing._replace(prefilled=request.prefilled))
 
-    async def _question(
-        self, asked: Asked[router_pb2.BestWorkerIdRequest], violations: Violations, context: Context | None
-    ) -> tuple[Router, Prompt, RoutingHints, str]:
-        """Who is asked, and what: router, prompt, hints and model. Raises what was found before, too."""
+    async def _routing(
+        self,
+        asked: Asked[router_pb2.GenerateRequest] | Asked[router_pb2.BestWorkerIdRequest],
+        request_id: str,
+        violations: Violations,
+        context: Context | None,
+    ) -> tuple[Router, RoutingRequest]:
+        """Who is asked, and what. Raises what was found before, too."""
         request = asked.message
         router = self._endpoints.one(request.endpoint)
         check_request_id(request.request_id, violations)
@@ -309,7 +293,7 @@ class RouterService:
         prompt = self._read_prompt(asked, request.model, router, violations)
         if request.text:
             prompt = await self._tokenized(prompt, request.text)
-        return router, prompt, hints, router.model_for(request.model, prompt.lora_name)
+        return router, RoutingRequest(prompt, hints, router.model_for(request.model, prompt.lora_name), request_id)
 
     async def _decide_all(self, batch: Batch) -> bytes:
         """The replies to a batch, as the message that is both a BestWorkerIdBatchResponse and a ...StreamResponse."""

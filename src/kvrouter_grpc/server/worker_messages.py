@@ -164,7 +164,7 @@ def worker_loads(views: Iterable[WorkerView], router: Router) -> list[admin_pb2.
                     active_blocks=load.active_blocks,
                     cached_blocks=router.index.blocks(target),
                     total_blocks=view.spec.total_kv_blocks,
-                    engine=_engine_report(router.engine_report(target)),
+                    engine=_engine_report(router.feedback.engine_report(target)),
                     hits=_hit_prediction(router.index.hits(target)),
                     foreign=_foreign_load(router.loads.foreign(target)),
                     degraded=map(str, view.degraded),

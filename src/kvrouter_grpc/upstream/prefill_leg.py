@@ -25,7 +25,7 @@ from kvrouter_grpc.errors import (
 )
 from kvrouter_grpc.routing.loads import Lease
 from kvrouter_grpc.routing.router import Router
-from kvrouter_grpc.types import Decision, EngineRequest, Json, Prompt, RoutingHints, Target, Usage
+from kvrouter_grpc.types import Decision, EngineRequest, Json, Prompt, RoutingRequest, Target, Usage
 from kvrouter_grpc.upstream.vllm_http import VllmHttpClient
 from kvrouter_grpc.upstream.waiting import booked
 
@@ -71,56 +71,52 @@ class PrefillLeg:
         self._client = client
         self._on_failure = on_failure
 
-    def begin(self, router: Router, prompt: Prompt, hints: RoutingHints, request: EngineRequest) -> "Handover | None":
+    def begin(self, router: Router, routing: RoutingRequest, request: EngineRequest) -> "Handover | None":
         """Start to follow a request; None when its caller arranges the transfer.
 
         Args:
             router: Of the endpoint that generates.
-            prompt: The prompt.
-            hints: Pins and filters. A request that names its prefill worker is always sent there.
+            routing: What it is asked. A request that names its prefill worker is always sent there.
             request: What shall be sent to the worker that generates.
 
         Raises:
             RouterError: Nobody could generate.
         """
-        return self._judged(router, prompt, hints, request, self.outcomes)
+        return self._judged(router, routing, request, self.outcomes)
 
-    def preview(self, router: Router, prompt: Prompt, hints: RoutingHints, request: EngineRequest) -> "Handover | None":
+    def preview(self, router: Router, routing: RoutingRequest, request: EngineRequest) -> "Handover | None":
         """Say what `begin` and the prefill would come to; asks no worker, books and counts nothing. As `begin`."""
-        handover = self._judged(router, prompt, hints, request, Counter())
+        handover = self._judged(router, routing, request, Counter())
         if handover is not None and handover.remote:
             try:
-                handover.decision = self._pool.best_worker(
-                    prompt, _in_the_pool(hints), model=request.model, request_id=request.request_id
-                )
+                handover.decision = self._pool.best_worker(_in_the_pool(routing))
             except RouterError as error:
                 handover.leave(error.reason)
         return handover
 
     def _judged(
-        self, router: Router, prompt: Prompt, hints: RoutingHints, request: EngineRequest, outcomes: "Counter[str]"
+        self, router: Router, routing: RoutingRequest, request: EngineRequest, outcomes: "Counter[str]"
     ) -> "Handover | None":
         if request.kv_transfer_params is not None:
             return None
-        handover = Handover(self, prompt, hints, request, outcomes)
+        handover = Handover(self, routing, request, outcomes)
         if not _transferable(request):
             handover.leave(NOT_TRANSFERABLE)
-        elif self._local is not None and hints.prefill_worker_id is None:
-            decision = router.best_worker(prompt, hints, model=request.model, remember=False)
+        elif self._local is not None and routing.hints.prefill_worker_id is None:
+            decision = router.best_worker(routing, remember=False)
             if self._local.holds(decision.prompt_tokens - decision.expected_cached_tokens, decision.prompt_tokens):
                 handover.leave(NOT_WORTHWHILE)
         return handover
 
-    async def book(self, prompt: Prompt, hints: RoutingHints, request: EngineRequest) -> Lease:
+    async def book(self, routing: RoutingRequest) -> Lease:
         """Pick a prefill worker and book the prompt there, when its turn in the pool's queue has come.
 
         Raises:
             RouterError: Nobody can take it.
         """
-        hints, name = _in_the_pool(hints), request.request_id
         try:
             async with asyncio.timeout(self._timeout_s):
-                return await booked(self._pool, name, prompt, hints, model=request.model, ttl_s=math.inf)
+                return await booked(self._pool, _in_the_pool(routing), math.inf)
         except TimeoutError:
             raise QueueTimeoutError(f"no prefill worker took the prompt within {self._timeout_s:g} s") from None
 
@@ -142,14 +138,14 @@ class PrefillLeg:
                 aclosing(self._client(target.worker_id).generate(asked, rank)) as answer,
             ):
                 async for chunks in answer:
-                    self._pool.first_token(lease)
+                    self._pool.feedback.first_token(lease)
                     params, usage = chunks[-1].kv_transfer_params, chunks[-1].usage
                     if prediction is not None:
                         prediction.heard(chunks)
             if asked.tells_hits:
-                self._pool.answered(lease, usage.cached_tokens if usage is not None else None)
+                self._pool.feedback.answered(lease, usage.cached_tokens if usage is not None else None)
             if prediction is not None:
-                self._pool.improve(prediction, prompt, lease.decision)
+                self._pool.feedback.improve(prediction, prompt, lease.decision)
         except UpstreamError as error:
             self._on_failure(target, error)
             raise
@@ -169,23 +165,17 @@ class Handover:
         decision: For the prefill worker; None when none was asked.
     """
 
-    __slots__ = ("_hints", "_leg", "_outcomes", "_prompt", "_request", "_sent", "decision", "reason", "remote")
+    __slots__ = ("_leg", "_outcomes", "_request", "_routing", "_sent", "decision", "reason", "remote")
 
     def __init__(
-        self,
-        leg: PrefillLeg,
-        prompt: Prompt,
-        hints: RoutingHints,
-        request: EngineRequest,
-        outcomes: "Counter[str]",
+        self, leg: PrefillLeg, routing: RoutingRequest, request: EngineRequest, outcomes: "Counter[str]"
     ) -> None:
         self.remote = True
         self.reason = ""
         self.decision: Decision | None = None
         self._leg = leg
         self._outcomes = outcomes
-        self._prompt = prompt
-        self._hints = hints
+        self._routing = routing
         self._request = request
         self._sent: EngineRequest | None = None  # to the worker that generates, once the prompt is computed
 
@@ -221,9 +211,9 @@ class Handover:
 
     async def _prefilled(self) -> EngineRequest | None:
         try:
-            with await self._leg.book(self._prompt, self._hints, self._request) as lease:
+            with await self._leg.book(self._routing) as lease:
                 self.decision = lease.decision
-                params = await self._leg.ask(lease, self._prompt, self._request)
+                params = await self._leg.ask(lease, self._routing.prompt, self._request)
         except RouterError as error:
             self._fail(error.reason, error.message)
             return None
@@ -239,9 +229,11 @@ class Handover:
         log.warning("prefill left to the decode worker", prefill_worker=worker, reason=reason, why=why)
 
 
-def _in_the_pool(hints: RoutingHints) -> RoutingHints:
-    """The hints as the decision for the prefill worker reads them."""
-    return replace(hints, worker_id=hints.prefill_worker_id, dp_rank=hints.prefill_dp_rank, expected_output_tokens=None)
+def _in_the_pool(routing: RoutingRequest) -> RoutingRequest:
+    """What the prefill pool is asked for the same request."""
+    hints = routing.hints
+    worker_id, dp_rank = hints.prefill_worker_id, hints.prefill_dp_rank
+    return routing._replace(hints=replace(hints, worker_id=worker_id, dp_rank=dp_rank, expected_output_tokens=None))
 
 
 def _transferable(request: EngineRequest) -> bool:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from kvrouter_grpc.config import UpstreamConfig
 from kvrouter_grpc.errors import NoWorkersError, OverloadedError, UpstreamError
 from kvrouter_grpc.routing.router import Router
-from kvrouter_grpc.types import Decision, EngineChunk, EngineRequest, Prompt, RoutingHints, Target, Usage
+from kvrouter_grpc.types import Decision, EngineChunk, EngineRequest, RoutingRequest, Target, Usage
 from kvrouter_grpc.upstream.prefill_leg import Handover, PrefillLeg
 from kvrouter_grpc.upstream.vllm_http import VllmHttpClient
 from kvrouter_grpc.upstream.waiting import booked
@@ -58,27 +58,30 @@ class Relay:
         leg = self._legs.get(endpoint)
         return {} if leg is None else leg.outcomes
 
-    def preview(self, router: Router, prompt: Prompt, hints: RoutingHints, request: EngineRequest) -> RelayStep:
-        """Say where `generate` would go: a step without chunks or attempts. Sends and books nothing.
+    def preview(self, router: Router, routing: RoutingRequest, request: EngineRequest) -> RelayStep:
+        """Say where `generate` would go: a step without chunks or attempts. Sends and books nothing. As `generate`.
 
         Raises:
             RouterError: Of the decision.
         """
         leg = self._legs.get(router.endpoint)
-        prefill = leg.preview(router, prompt, hints, request) if leg is not None else None
+        prefill = leg.preview(router, routing, request) if leg is not None else None
         prefilled = request.prefilled if prefill is None else prefill.remote
-        decision = router.best_worker(
-            prompt, hints, model=request.model, prefilled=prefilled, request_id=request.request_id
-        )
+        decision = router.best_worker(routing._replace(prefilled=prefilled))
         return RelayStep([], decision, 0, prefill)
 
     async def generate(
-        self, router: Router, prompt: Prompt, hints: RoutingHints, request: EngineRequest
+        self, router: Router, routing: RoutingRequest, request: EngineRequest
     ) -> AsyncGenerator[RelayStep, None]:
         """Route, send and stream. Closing the generator aborts the request in the engine and releases its load.
 
         Waits in the endpoint's queue while all workers are busy; a request that comes back from a worker has had its
         turn.
+
+        Args:
+            router: Decides.
+            routing: What it is asked.
+            request: What the worker gets.
 
         Raises:
             RouterError: Of the decision, or of the engine. Before the first token the last failure of up to
@@ -90,19 +93,17 @@ class Relay:
         queued_s: float | None = None  # once it has had its turn
         failure: UpstreamError | None = None
         leg = self._legs.get(router.endpoint)
-        prefill = leg.begin(router, prompt, hints, request) if leg is not None else None
+        prefill = leg.begin(router, routing, request) if leg is not None else None
         while True:
             try:
                 # Booked before the prefill leg: of requests that come together, the next one sees this one.
-                name, model = request.request_id, request.model
-                remote = request.prefilled if prefill is None else prefill.remote
+                prefilled = request.prefilled if prefill is None else prefill.remote
+                routing = routing._replace(prefilled=prefilled, exclude=frozenset(tried))
                 if queued_s is None:
-                    lease = await booked(router, name, prompt, hints, model=model, ttl_s=math.inf, prefilled=remote)
+                    lease = await booked(router, routing, math.inf)
                     queued_s = lease.decision.queued_s
                 else:
-                    lease = router.lease(
-                        name, prompt, hints, model=model, ttl_s=math.inf, exclude=tried, prefilled=remote
-                    )
+                    lease = router.lease(routing, math.inf)
                     lease.decision.queued_s = queued_s
             except (NoWorkersError, OverloadedError):
                 if failure is not None:
@@ -125,7 +126,7 @@ class Relay:
                             if prediction is not None:
                                 prediction.heard(chunks)
                             if lease.prefilling and any(chunk.token_ids or chunk.text for chunk in chunks):
-                                router.first_token(lease)
+                                router.feedback.first_token(lease)
                             usage = chunks[-1].usage or usage
                             if lease.counts_output:
                                 lease.generated(sum(len(chunk.token_ids) for chunk in chunks))
@@ -134,7 +135,7 @@ class Relay:
                             else:
                                 delivered = True
                                 yield RelayStep(chunks, lease.decision, attempts, prefill)
-                    router.answered(lease, usage.cached_tokens if usage is not None else None)
+                    router.feedback.answered(lease, usage.cached_tokens if usage is not None else None)
                     return
                 except UpstreamError as error:
                     self._on_failure(target, error)
@@ -142,7 +143,7 @@ class Relay:
                     if prefill is not None and not delivered and prefill.take_back(error):
                         continue
                     victims += error.had_request
-                    final = delivered or not error.before_first_token or hints.worker_id is not None
+                    final = delivered or not error.before_first_token or routing.hints.worker_id is not None
                     if final or victims >= MOST_VICTIMS or len(tried) >= self._config.retries:
                         raise
                     tried.add(target)
@@ -150,7 +151,7 @@ class Relay:
                     if prediction is not None:
                         if sent is not request:
                             prediction.cached_tokens = None  # an engine tells what the prefill worker had cached
-                        router.improve(prediction, prompt, lease.decision)
+                        router.feedback.improve(prediction, routing.prompt, lease.decision)
 
     def _send(self, router: Router, request: EngineRequest, target: Target) -> AsyncGenerator[list[EngineChunk], None]:
         worker = router.workers.get(target.worker_id)

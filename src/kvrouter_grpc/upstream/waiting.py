@@ -4,30 +4,20 @@ import asyncio
 
 from kvrouter_grpc.routing.loads import Lease
 from kvrouter_grpc.routing.router import Router
-from kvrouter_grpc.types import Prompt, RoutingHints
+from kvrouter_grpc.types import RoutingRequest
 
 
-async def booked(
-    router: Router,
-    request_id: str,
-    prompt: Prompt,
-    hints: RoutingHints,
-    *,
-    model: str,
-    ttl_s: float | None = None,
-    explain: bool = False,
-    prefilled: bool = False,
-) -> Lease:
+async def booked(router: Router, routing: RoutingRequest, ttl_s: float | None = None) -> Lease:
     """Book a request, as `Router.lease` does, when its turn has come. A caller that is cancelled leaves nothing behind.
 
     Raises:
-        RouterError: As `Router.admit`.
+        RouterError: As `Admission.admit`.
         QueueFullError: There was no room in the queue.
         QueueTimeoutError: Its turn did not come in time.
     """
     admission = router.admission
     if admission is None:
-        return router.lease(request_id, prompt, hints, model=model, ttl_s=ttl_s, explain=explain, prefilled=prefilled)
+        return router.lease(routing, ttl_s)
     loop = asyncio.get_running_loop()
     turn: asyncio.Future[Lease] = loop.create_future()
 
@@ -40,9 +30,7 @@ async def booked(
         elif not turn.done():
             turn.set_exception(outcome)
 
-    applicant = router.admit(
-        request_id, prompt, hints, settle, model=model, ttl_s=ttl_s, explain=explain, prefilled=prefilled
-    )
+    applicant = admission.admit(routing, settle, ttl_s)
     if isinstance(applicant, Lease):
         return applicant
     timer = loop.call_later(admission.timeout_s, admission.time_out, applicant)

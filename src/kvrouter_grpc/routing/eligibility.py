@@ -1,6 +1,6 @@
-"""Which targets may take a request, and why the others may not."""
+"""The rules of which targets may take a request, and the errors that say why none may."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 
 from kvrouter_grpc.errors import (
     AllWorkersOverloadedError,
@@ -13,12 +13,13 @@ from kvrouter_grpc.errors import (
     UnknownWorkerError,
 )
 from kvrouter_grpc.routing.workers import Worker, WorkerRegistry
-from kvrouter_grpc.types import RoutingHints, Target, WorkerState
+from kvrouter_grpc.types import RoutingHints, RoutingRequest, Target, WorkerState
 
 
-def why_not(worker: Worker, target: Target, model: str, hints: RoutingHints, tried: Collection[Target]) -> str:
+def why_not(worker: Worker, target: Target, request: RoutingRequest) -> str:
     """Why `target` may not take the request; "" when it may. The first reason found is given."""
-    if target in tried:
+    hints, model = request.hints, request.model
+    if target in request.exclude:
         return "failed this request before its first token"
     if hints.worker_id is not None and (
         worker.worker_id != hints.worker_id or hints.dp_rank not in (None, target.dp_rank)
@@ -36,8 +37,8 @@ def why_not(worker: Worker, target: Target, model: str, hints: RoutingHints, tri
     return ""
 
 
-def check_pin(registry: WorkerRegistry, hints: RoutingHints) -> None:
-    """Make sure that a pin names one rank of one known worker that the request itself allows.
+def pinned(registry: WorkerRegistry, hints: RoutingHints) -> Worker | None:
+    """The worker that a request is pinned to, None without a pin: one that it allows, of which it names one rank.
 
     Raises:
         UnknownWorkerError: No worker has the pinned id.
@@ -45,7 +46,7 @@ def check_pin(registry: WorkerRegistry, hints: RoutingHints) -> None:
         InvalidRequestError: The rank is missing although the worker has several, or it has no such rank.
     """
     if hints.worker_id is None:
-        return
+        return None
     worker = registry.get(hints.worker_id)
     if worker is None:
         raise UnknownWorkerError(
@@ -66,6 +67,7 @@ def check_pin(registry: WorkerRegistry, hints: RoutingHints) -> None:
         raise InvalidRequestError(
             [("routing.dp_rank", f"{worker.spec.name} has ranks 0 to {worker.dp_size - 1}, not {hints.dp_rank}")]
         )
+    return worker
 
 
 def not_pinned() -> InvalidRequestError:
