@@ -31,7 +31,7 @@ cdef inline const uint32_t* tie_rows(const Question* question, Policy policy) no
 
 
 cdef inline uint32_t choose(
-    const Question* question, const Caller* caller, Policy policy, const Ledger* ledgers, Dice* dice, double* scores
+    Question* question, const Caller* caller, Policy policy, const Ledger* ledgers, Dice* dice, double* scores
 ) noexcept:
     """Index of the row that a policy chooses; `scores` has room for all of them, and is of no use afterwards."""
     mode_scores(question, policy.mode, &policy.knobs, caller, ledgers, dice, scores)

@@ -18,17 +18,17 @@ cdef class Choice:
 cdef Choice choice_of(const Question* question, uint32_t i, uint32_t blocks, Policy policy, bint with_terms):
     """The i-th row that is asked, of a prompt of so many blocks."""
     cdef Choice choice = Choice.__new__(Choice)
-    cdef Overlap overlap
+    cdef const Overlap* overlap = &question.overlaps[i]
     cdef double terms[MOST_TERMS]
     cdef double cost = 0
-    question_costs(question, i, i + 1, &cost, &overlap, terms)
+    question_costs(question, i, i + 1, &cost, terms)
     choice.cost = cost
     choice.row = question.rows[i]
     choice.blocks = blocks
     choice.tiers = (overlap.tiers[0], overlap.tiers[1], overlap.tiers[2], overlap.tiers[3])
     choice.in_flight = overlap.in_flight
-    choice.cached_tokens = cached_tokens(&overlap, &question.ask, question.weights)
-    choice.new_tokens = new_tokens(&overlap, &question.ask, question.weights)
+    choice.cached_tokens = cached_tokens(overlap, &question.ask, question.weights)
+    choice.new_tokens = new_tokens(overlap, &question.ask, question.weights)
     choice.freshness = question_target(question, i).freshness
     if with_terms:
         choice.terms = tuple([terms[j] for j in range(len(policy.terms))])

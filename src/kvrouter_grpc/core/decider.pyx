@@ -17,13 +17,14 @@ from cpython.buffer cimport PyBUF_SIMPLE, PyBuffer_Release, PyObject_GetBuffer
 from libc.math cimport INFINITY
 from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free, realloc
-from libc.string cimport memcpy
+from libc.string cimport memcpy, memset
 
 from kvrouter_grpc.core.block_hash cimport as_u64, chain_hashes, local_hashes, rehash_multimodal, sequence_run
 from kvrouter_grpc.core.choice cimport Choice, choice_of, choose
 from kvrouter_grpc.core.cost cimport Ask, ask_init
 from kvrouter_grpc.core.decision_log cimport DecisionLog
 from kvrouter_grpc.core.mode cimport LOWEST_COST, Caller
+from kvrouter_grpc.core.overlap cimport Found, Overlap, overlap_of
 from kvrouter_grpc.core.pick cimport Dice
 from kvrouter_grpc.core.policy cimport Policy
 from kvrouter_grpc.core.question cimport Question, question_compare, question_loss
@@ -31,6 +32,7 @@ from kvrouter_grpc.core.recording cimport Recording, record
 from kvrouter_grpc.core.regret cimport PREFIXES, Regret, regret_of, regret_set
 from kvrouter_grpc.core.shared cimport shared_mark, shared_reach
 from kvrouter_grpc.core.shortlist cimport Shortlist
+from kvrouter_grpc.core.target cimport Groups, Target
 from kvrouter_grpc.core.target_table cimport TargetTable
 from kvrouter_grpc.core.walk cimport Step, tree_match, tree_path
 
@@ -53,10 +55,12 @@ cdef class Decider:
     cdef uint64_t* seqs
     cdef size_t seqs_capacity
     cdef size_t blocks  # of the last prompt
-    cdef uint32_t* held  # see `Question`, here and below
+    cdef uint32_t* held  # see `Found`
     cdef size_t held_capacity
-    cdef uint32_t* in_flight
+    cdef uint32_t* in_flight  # blocks of the prompt, by row
     cdef size_t in_flight_capacity
+    cdef Overlap* overlaps  # of the rows that are asked
+    cdef size_t overlaps_capacity
     cdef Step* steps
     cdef size_t steps_capacity
     cdef uint32_t* shared
@@ -79,6 +83,7 @@ cdef class Decider:
         free(self.seqs)
         free(self.held)
         free(self.in_flight)
+        free(self.overlaps)
         free(self.steps)
         free(self.shared)
         free(self.marks)
@@ -110,7 +115,6 @@ cdef class Decider:
         cdef Dice dice = self.dice
         cdef uint32_t i
         question.weights = &policy.weights
-        question.known = NULL
         question.count = <uint32_t>len(shortlist.rows)
         question.rows = shortlist.rows.data.as_uints
         question.preferences = NULL
@@ -190,44 +194,58 @@ cdef class Decider:
         return 0
 
     cdef int _match(self, Question* question) except -1:
-        # Finds what every slot and every row has of the prompt.
+        # Finds what every slot has of the prompt, and from that what every row has.
         cdef TargetTable table = self.table
-        question.targets = table.rows
-        question.ledgers = table.ledgers
-        question.found.slots = 0
-        question.found.path = 0
-        question.found.shared = NULL
+        cdef Found found
+        memset(&found, 0, sizeof(found))
         _room(<void**>&self.in_flight, &self.in_flight_capacity, table.pins.tree.slot_count, sizeof(uint32_t))
         tree_match(&table.pins.tree, self.seqs, self.blocks, self.in_flight)
-        question.in_flight = self.in_flight
-        if table.index is None:
-            return 0
-        _room(<void**>&self.held, &self.held_capacity, table.index.tree.slot_count, sizeof(uint32_t))
-        tree_match(&table.index.tree, self.seqs, self.blocks, self.held)
-        question.found.held = self.held
-        question.found.slots = table.index.tree.slot_count
-        if table.on_path != 0:
-            _room(<void**>&self.steps, &self.steps_capacity, self.blocks, sizeof(Step))
-            question.found.path = tree_path(&table.index.tree, self.seqs, self.blocks, self.steps)
-            question.found.steps = self.steps
-            if question.weights.shared_cache:
-                self._share(question)
+        if table.index is not None:
+            _room(<void**>&self.held, &self.held_capacity, table.index.tree.slot_count, sizeof(uint32_t))
+            tree_match(&table.index.tree, self.seqs, self.blocks, self.held)
+            found.held = self.held
+            found.slots = table.index.tree.slot_count
+            if table.on_path != 0:
+                _room(<void**>&self.steps, &self.steps_capacity, self.blocks, sizeof(Step))
+                found.path = tree_path(&table.index.tree, self.seqs, self.blocks, self.steps)
+                found.steps = self.steps
+                if question.weights.shared_cache:
+                    self._share(question, &found)
+        self._overlap(question, &found)
         return 0
 
-    cdef int _share(self, Question* question) except -1:
+    cdef int _share(self, const Question* question, Found* found) except -1:
         # Finds what of the prompt is in storage that all targets of the model read.
         cdef TargetTable table = self.table
         cdef uint64_t pool = table.ledgers[question.rows[0]].pool
-        _room(<void**>&self.marks, &self.marks_capacity, question.found.slots, 1)
+        _room(<void**>&self.marks, &self.marks_capacity, found.slots, 1)
         _room(<void**>&self.shared, &self.shared_capacity, self.blocks + 1, sizeof(uint32_t))
-        shared_mark(table.rows, table.ledgers, table.capacity, pool, self.marks, question.found.slots)
-        question.found.shared_blocks = shared_reach(question.found.steps, question.found.path, self.marks, self.shared)
-        question.found.shared = self.shared
+        shared_mark(table.rows, table.ledgers, table.capacity, pool, self.marks, found.slots)
+        found.shared_blocks = shared_reach(found.steps, found.path, self.marks, self.shared)
+        found.shared = self.shared
+        return 0
+
+    cdef int _overlap(self, Question* question, const Found* found) except -1:
+        # Once for all who ask: the comparison, the scores, the choice and the log.
+        cdef TargetTable table = self.table
+        cdef const Target* target
+        cdef const Groups* groups
+        cdef uint32_t row
+        cdef uint32_t i
+        _room(<void**>&self.overlaps, &self.overlaps_capacity, question.count, sizeof(Overlap))
+        for i in range(question.count):
+            row = question.rows[i]
+            target = &table.rows[row]
+            groups = table.ledgers[row].groups if target.grouped else NULL
+            self.overlaps[i].in_flight = self.in_flight[row]
+            overlap_of(target, groups, found, <uint32_t>question.ask.usable_blocks, &self.overlaps[i])
+        question.targets = table.rows
+        question.overlaps = self.overlaps
         return 0
 
     # --- the choice --------------------------------------------------------------------------------------------------
 
-    cdef uint32_t _pick(self, const Question* question, const Caller* caller, Policy policy) except? 0xFFFFFFFF:
+    cdef uint32_t _pick(self, Question* question, const Caller* caller, Policy policy) except? 0xFFFFFFFF:
         _room(<void**>&self.scores, &self.scores_capacity, question.count, sizeof(double))
         return choose(question, caller, policy, self.table.ledgers, &self.dice, self.scores)
 

@@ -7,9 +7,8 @@ from libc.math cimport INFINITY, ceil
 from libc.stdint cimport uint32_t, uint64_t
 
 from kvrouter_grpc.core.cost cimport held_blocks
-from kvrouter_grpc.core.overlap cimport Overlap
 from kvrouter_grpc.core.pick cimport Dice, dice_below, scramble
-from kvrouter_grpc.core.question cimport Question, question_costs, question_overlap, question_target
+from kvrouter_grpc.core.question cimport Question, question_costs, question_target
 from kvrouter_grpc.core.target cimport Ledger
 
 
@@ -40,7 +39,7 @@ cdef struct Caller:
 
 
 cdef inline void mode_scores(
-    const Question* question,
+    Question* question,
     Mode mode,
     const Knobs* knobs,
     const Caller* caller,
@@ -51,7 +50,7 @@ cdef inline void mode_scores(
     """Writes the score of every row that is asked."""
     cdef uint32_t i
     if mode == LOWEST_COST:
-        question_costs(question, 0, question.count, scores, NULL, NULL)
+        question.least_private = question_costs(question, 0, question.count, scores, NULL)
     elif mode == IN_TURN:
         _only(question, <uint32_t>(caller.turn % question.count), scores)
     elif mode == BY_CHANCE:
@@ -151,11 +150,13 @@ cdef inline void _session(
 cdef inline bint _longest_prefix(const Question* question, double least, double* scores) noexcept nogil:
     # Scores by the blocks that are held or on their way. False when the longest match is none or shorter than `least`
     # tokens.
-    cdef Overlap overlap
     cdef double longest = 0
+    cdef double held
     cdef uint32_t i
     for i in range(question.count):
-        question_overlap(question, i, &overlap)
-        scores[i] = -held_blocks(&overlap, question_target(question, i).freshness, &question.ask, question.weights)
-        longest = max(longest, -scores[i])
+        held = held_blocks(
+            &question.overlaps[i], question_target(question, i).freshness, &question.ask, question.weights
+        )
+        scores[i] = -held
+        longest = max(longest, held)
     return longest > 0 and longest * <double>question.ask.block_size >= least

@@ -15,8 +15,8 @@ from kvrouter_grpc.core.cost cimport (
     cost_terms,
     new_work,
 )
-from kvrouter_grpc.core.overlap cimport Found, Overlap, overlap_of, overlap_total
-from kvrouter_grpc.core.target cimport Groups, Ledger, Target
+from kvrouter_grpc.core.overlap cimport Overlap, overlap_total
+from kvrouter_grpc.core.target cimport Target
 
 
 cdef struct Question:
@@ -24,34 +24,19 @@ cdef struct Question:
     Ask ask
     const uint32_t* rows  # that are asked
     const double* preferences  # parallel to `rows`, or NULL
+    const Overlap* overlaps  # parallel to `rows`: what each has of the prompt
     uint32_t count
-    const Target* targets  # by row
-    const Ledger* ledgers  # by row
-    const uint32_t* in_flight  # blocks of the prompt, by row
-    Found found  # of the prompt in the index
     uint32_t deepest  # blocks that the row has which has most of the prompt
-    const Overlap* known  # of every row that is asked, of a recording; NULL: they are looked up
+    const Target* targets  # by row
+    double least_private  # of the costs of all rows, without what is paid for the sake of others
 
 
 cdef inline const Target* question_target(const Question* question, uint32_t i) noexcept nogil:
     return &question.targets[question.rows[i]]
 
 
-cdef inline void question_overlap(const Question* question, uint32_t i, Overlap* overlap) noexcept nogil:
-    """What the i-th row that is asked has of the prompt."""
-    cdef const Target* target = question_target(question, i)
-    cdef const Groups* groups = NULL
-    if question.known != NULL:
-        overlap[0] = question.known[i]
-        return
-    if target.grouped:
-        groups = question.ledgers[question.rows[i]].groups
-    overlap.in_flight = question.in_flight[question.rows[i]]
-    overlap_of(target, groups, &question.found, <uint32_t>question.ask.usable_blocks, overlap)
-
-
-cdef inline void question_costs(
-    const Question* question, uint32_t first, uint32_t end, double* costs, Overlap* last_overlap, double* last_terms
+cdef inline double question_costs(
+    const Question* question, uint32_t first, uint32_t end, double* costs, double* last_terms
 ) noexcept nogil:
     """The costs of the rows that are asked from `first` to before `end`.
 
@@ -62,20 +47,20 @@ cdef inline void question_costs(
         first: The first of the rows.
         end: Where they end; behind `first`.
         costs: Of each of them.
-        last_overlap: What the last of them has of the prompt; may be NULL.
-        last_terms: The `MOST_TERMS` terms of its cost; NULL with the other.
+        last_terms: The `MOST_TERMS` terms of the last one's cost; may be NULL.
+
+    Returns:
+        The least of them without what is paid for the sake of others.
     """
-    cdef Overlap overlap
     cdef double terms[MOST_TERMS]
+    cdef double least = INFINITY
     cdef double cost
     cdef uint32_t i
     memset(terms, 0, sizeof(terms))
-    memset(&overlap, 0, sizeof(overlap))
     for i in range(first, end):
-        question_overlap(question, i, &overlap)
         cost_terms(
             question_target(question, i),
-            &overlap,
+            &question.overlaps[i],
             &question.ask,
             question.weights,
             question.preferences[i] if question.preferences != NULL else 0,
@@ -83,15 +68,16 @@ cdef inline void question_costs(
         )
         cost = terms[0] + terms[1] + terms[2] + terms[3] + terms[4]
         # What is no number is worse than any number, and compares with others.
-        costs[i - first] = INFINITY if isnan(cost) else cost
-    if last_overlap != NULL:
-        last_overlap[0] = overlap
+        costs[i - first] = cost = INFINITY if isnan(cost) else cost
+        least = min(least, cost - terms[REPLICATION])
+    if last_terms != NULL:
         memcpy(last_terms, terms, sizeof(terms))
+    return least
 
 
 cdef inline void question_compare(Question* question) noexcept nogil:
     """Works out what the formula asks of all rows together."""
-    cdef Overlap overlap
+    cdef const Overlap* overlap
     cdef int64_t blocks
     cdef double work
     cdef uint32_t i
@@ -99,12 +85,12 @@ cdef inline void question_compare(Question* question) noexcept nogil:
     if question.weights.formula == PREFILL_FIRST:
         question.ask.least_new = <double>question.ask.tokens
         for i in range(question.count):
-            question_overlap(question, i, &overlap)
-            blocks = min(max(overlap_total(&overlap), <int64_t>overlap.in_flight), question.ask.usable_blocks)
+            overlap = &question.overlaps[i]
+            blocks = min(max(overlap_total(overlap), <int64_t>overlap.in_flight), question.ask.usable_blocks)
             question.deepest = max(question.deepest, <uint32_t>blocks)
             # No block saves more than all of its tokens, so few rows have to be worked out.
             if <double>(question.ask.tokens - blocks * question.ask.block_size) < question.ask.least_new:
-                work = new_work(question_target(question, i), &overlap, &question.ask, question.weights)
+                work = new_work(question_target(question, i), overlap, &question.ask, question.weights)
                 question.ask.least_new = min(question.ask.least_new, work)
     elif question.weights.formula == DYNAMO and question.weights.overlap_score_credit_decay != 0:
         question.ask.shortest_queue = INT64_MAX
@@ -120,23 +106,13 @@ cdef inline void question_compare(Question* question) noexcept nogil:
 cdef inline double question_loss(const Question* question, uint32_t chosen) noexcept nogil:
     """Tokens by which the chosen row is worse for this request than the best; -1 when it computes a prefix anew.
 
-    What is paid for the sake of others does not count.
+    What is paid for the sake of others does not count. All rows have been scored by their costs.
     """
-    cdef Overlap overlap
-    cdef double terms[MOST_TERMS]
-    cdef double least = INFINITY
-    cdef double own = 0
+    cdef double work = new_work(
+        question_target(question, chosen), &question.overlaps[chosen], &question.ask, question.weights
+    )
     cdef double cost
-    cdef double work
-    cdef uint32_t i
-    for i in range(question.count):
-        question_costs(question, i, i + 1, &cost, &overlap, terms)
-        cost -= terms[REPLICATION]
-        least = min(least, cost)
-        if i == chosen:
-            own = cost
-            # Not its term of the cost, which the request's preferences scale.
-            work = new_work(question_target(question, i), &overlap, &question.ask, question.weights)
-            if work > question.ask.least_new:
-                return -1
-    return own - least
+    # Not its term of the cost, which the request's preferences scale.
+    if work > question.ask.least_new:
+        return -1
+    return question_costs(question, chosen, chosen + 1, &cost, NULL) - question.least_private

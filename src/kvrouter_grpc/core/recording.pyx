@@ -18,7 +18,7 @@ from kvrouter_grpc.core.mode cimport Caller, mode_scores
 from kvrouter_grpc.core.overlap cimport Overlap
 from kvrouter_grpc.core.pick cimport Dice, chances
 from kvrouter_grpc.core.policy cimport Policy
-from kvrouter_grpc.core.question cimport Question, question_compare, question_overlap
+from kvrouter_grpc.core.question cimport Question, question_compare
 from kvrouter_grpc.core.target cimport TIERS, Ledger, Target, active_blocks
 
 cdef enum:
@@ -209,7 +209,7 @@ cdef class Recording:
         question.preferences = self.preferences
         question.count = self.count
         question.targets = self.targets
-        question.known = self.overlaps
+        question.overlaps = self.overlaps
         question.ask.shortest_queue = 0
         question.ask.most_waiting = 0
         question_compare(question)
@@ -316,9 +316,9 @@ cdef Recording record(
         row = question.rows[i]
         self.rows[i] = row
         self.targets[i] = question.targets[row]
-        question_overlap(question, i, &self.overlaps[i])
         if self.identities != NULL:
             self.identities[i] = ledgers[row].identity
+    memcpy(self.overlaps, question.overlaps, question.count * sizeof(Overlap))
     if self.preferences != NULL:
         memcpy(self.preferences, question.preferences, question.count * sizeof(double))
     self.ask = question.ask
