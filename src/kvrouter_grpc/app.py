@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import gc
 import json
 import os
 import random
@@ -196,6 +197,9 @@ async def _serve(config: Config) -> None:
     async with asyncio.TaskGroup() as group:
         group.create_task(app.run(), name="app")
         await app.started.wait()
+        # What is there now stays: some 80,000 objects, which a collection of garbage would look through for 50 ms.
+        gc.collect()
+        gc.freeze()
         said = {"event": "serving", "address": app.address, "admin_address": app.admin_address}
         if app.metrics_address:
             said["metrics_address"] = app.metrics_address

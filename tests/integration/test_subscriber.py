@@ -406,7 +406,7 @@ async def test_a_picture_begun_anew_is_fetched_again_as_far_as_the_ring_reaches(
 async def test_an_unanswered_replay_is_asked_for_again_after_a_wait_with_jitter(
     bench: Bench, monkeypatch, backoff_s: float, asks_again: bool
 ) -> None:
-    monkeypatch.setattr("kvrouter_grpc.events.subscriber.REPLAY_INTERVAL_S", 0.0)
+    monkeypatch.setattr("kvrouter_grpc.events.schedule.REPLAY_INTERVAL_S", 0.0)
     drawn: list[tuple[float, float]] = []
 
     class Dice(random.Random):

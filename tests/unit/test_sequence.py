@@ -7,88 +7,25 @@ from typing import Any
 import pytest
 
 from kvrouter_grpc.events.batch_log import REMEMBERED
-from kvrouter_grpc.events.sequence import StreamTracker, Verdict
+from kvrouter_grpc.events.sequence import Verdict
 from kvrouter_grpc.types import StreamState
+from unit.tracked_stream import (
+    APPLY,
+    COLD,
+    DUPLICATE,
+    GAP,
+    HOLD,
+    LIVE,
+    RESTART,
+    STALE,
+    SYNCING,
+    Stream,
+    connected,
+    synced,
+    way,
+)
 
-APPLY, DUPLICATE, HOLD, GAP, RESTART = Verdict
-COLD, SYNCING, LIVE, STALE = StreamState.COLD, StreamState.SYNCING, StreamState.LIVE, StreamState.STALE
-
-
-class Stream:
-    """A tracker and what was taken from it; `RESTART` is written down as a "|" between what was before and after."""
-
-    follows = True  # whether batches that come in order take the short way
-
-    def __init__(
-        self, *, replay: bool = True, max_held: int = 100, max_held_bytes: int = 10_000, attempts: int = 3
-    ) -> None:
-        self.tracker = StreamTracker(
-            can_replay=replay, max_held=max_held, max_held_bytes=max_held_bytes, max_attempts=attempts
-        )
-        self.taken: list[int | str] = []
-
-    def drain(self, verdict: Verdict) -> Verdict:
-        if verdict is RESTART:
-            self.taken.append("|")
-        while (batch := self.tracker.take()) is not None:
-            self.read(*batch)
-        return verdict
-
-    def read(self, seq: int, payload: bytes) -> None:
-        if payload.startswith(b"bad"):
-            self.tracker.unreadable()
-        else:
-            self.taken.append(seq)
-
-    def live(self, *seqs: int, process: str = "a") -> list[Verdict]:
-        return [self.one_live(seq, f"{process}{seq}".encode()) for seq in seqs]
-
-    def one_live(self, seq: int, payload: bytes) -> Verdict:
-        if self.follows and self.tracker.in_order and self.tracker.log.follow(seq, payload):
-            self.tracker.followed(1)
-            self.read(seq, payload)
-            return self.drain(APPLY)
-        return self.drain(self.tracker.live(seq, payload))
-
-    def replay(self, *seqs: int, process: str = "a", ends: bool = True) -> list[Verdict]:
-        """An answer to the replay that is wanted now."""
-        assert self.tracker.wants_replay
-        self.asked = self.tracker.replay_asked()
-        verdicts = [self.drain(self.tracker.replayed(seq, f"{process}{seq}".encode())) for seq in seqs]
-        if ends and self.tracker.replaying:
-            verdicts.append(self.drain(self.tracker.replay_ended()))
-        return verdicts
-
-    def silence(self) -> None:
-        assert self.tracker.wants_replay
-        self.asked = self.tracker.replay_asked()
-        self.tracker.replay_failed()
-        self.drain(APPLY)
-
-    @property
-    def state(self) -> StreamState:
-        return self.tracker.state
-
-
-@pytest.fixture(autouse=True, params=[True, False], ids=["follows", "told"])
-def way(request, monkeypatch) -> None:
-    """A batch in order may be followed or told: nothing else may differ."""
-    monkeypatch.setattr(Stream, "follows", request.param)
-
-
-def connected(**kwargs) -> Stream:
-    stream = Stream(**kwargs)
-    stream.tracker.connected()
-    return stream
-
-
-def synced(*seqs: int, **kwargs) -> Stream:
-    """Connected, its history fetched, `seqs` received live."""
-    stream = connected(**kwargs)
-    if stream.tracker.wants_replay:
-        stream.replay()
-    stream.live(*seqs)
-    return stream
+__all__ = ["way"]
 
 
 @dataclass(frozen=True)
@@ -252,14 +189,18 @@ def test_counters() -> None:
     stream = synced(0, 4)
     assert stream.tracker.gaps == 1
     stream.replay(0, 1, 2, 3, 4)
-    assert (stream.tracker.gaps, stream.tracker.coverage.missed, stream.tracker.coverage.partial) == (1, 0, False)
+    assert (stream.tracker.gaps, stream.tracker.intake.coverage.missed, stream.tracker.intake.coverage.partial) == (
+        1,
+        0,
+        False,
+    )
     stream.live(9)
     for _ in range(2):
         stream.replay(7, 8, 9)
-    assert (stream.tracker.gaps, stream.tracker.coverage.missed, stream.tracker.restarts) == (2, 2, 0)
+    assert (stream.tracker.gaps, stream.tracker.intake.coverage.missed, stream.tracker.restarts) == (2, 2, 0)
     assert "2 batches are lost" in stream.tracker.detail
     stream.live(0, process="b")
-    assert (stream.tracker.coverage.missed, stream.tracker.restarts) == (2, 1)
+    assert (stream.tracker.intake.coverage.missed, stream.tracker.restarts) == (2, 1)
 
 
 def test_history_before_the_ring_is_no_loss() -> None:
@@ -267,16 +208,20 @@ def test_history_before_the_ring_is_no_loss() -> None:
     stream.live(9)
     stream.replay(7, 8, 9)
     assert stream.taken == [7, 8, 9]
-    assert (stream.tracker.coverage.partial, stream.tracker.coverage.missed, stream.tracker.gaps) == (True, 0, 0)
+    assert (stream.tracker.intake.coverage.partial, stream.tracker.intake.coverage.missed, stream.tracker.gaps) == (
+        True,
+        0,
+        0,
+    )
 
 
 def test_an_empty_cache_makes_a_stale_stream_true_again() -> None:
     stream = synced(0, 5, replay=False)
     assert stream.state is STALE
     stream.live(6)
-    stream.tracker.cleared()
+    stream.tracker.intake.emptied()
     assert stream.state is LIVE
-    assert not stream.tracker.coverage.partial
+    assert not stream.tracker.intake.coverage.partial
 
 
 # --- without a replay port -----------------------------------------------------------------------------------------
@@ -286,14 +231,14 @@ def test_without_replay_the_stream_begins_where_it_begins() -> None:
     stream = connected(replay=False)
     assert stream.state is COLD
     assert stream.live(3) == [APPLY]
-    assert (stream.state, stream.tracker.coverage.partial) == (LIVE, True)
+    assert (stream.state, stream.tracker.intake.coverage.partial) == (LIVE, True)
 
 
 def test_without_replay_a_gap_is_final_and_what_follows_is_taken() -> None:
     stream = connected(replay=False)
     assert stream.live(0, 1, 4, 5) == [APPLY, APPLY, GAP, APPLY]
     assert stream.taken == [0, 1, 4, 5]
-    assert (stream.state, stream.tracker.coverage.missed) == (STALE, 2)
+    assert (stream.state, stream.tracker.intake.coverage.missed) == (STALE, 2)
 
 
 def test_without_replay_a_late_batch_is_no_restart() -> None:
@@ -344,7 +289,7 @@ def test_held_batches_are_bounded_in_bytes() -> None:
     stream = synced(0, max_held_bytes=100)
     for seq in range(5, 50):
         stream.tracker.live(seq, bytes(60))
-    assert stream.tracker.take() is None
+    assert stream.tracker.intake.take() is None
     stream.replay(0, 1, 2, 3, 4)
     assert stream.taken == [0, 1, 2, 3, 4]
     assert stream.state is SYNCING
@@ -366,7 +311,7 @@ def test_an_unreadable_batch_is_asked_for_again() -> None:
     stream.live(2)
     stream.replay(0, 1, 2)
     assert stream.taken == [0, 1, 2]
-    assert (stream.state, stream.tracker.gaps, stream.tracker.coverage.missed) == (LIVE, 1, 0)
+    assert (stream.state, stream.tracker.gaps, stream.tracker.intake.coverage.missed) == (LIVE, 1, 0)
 
 
 def test_a_batch_the_engine_wrote_unreadable_is_given_up() -> None:
@@ -379,8 +324,19 @@ def test_a_batch_the_engine_wrote_unreadable_is_given_up() -> None:
         stream.drain(stream.tracker.replayed(seq, payload))
     stream.drain(stream.tracker.replay_ended())
     assert stream.taken == [0, 2]
-    assert (stream.state, stream.tracker.coverage.missed) == (STALE, 1)
+    assert (stream.state, stream.tracker.intake.coverage.missed) == (STALE, 1)
     assert not stream.tracker.repairable
+
+
+def test_an_unreadable_batch_that_the_network_doubles_is_not_the_engines_word() -> None:
+    stream = synced(0)
+    stream.live(1, 1, process="bad")
+    assert stream.tracker.wants_replay
+    stream.tracker.replay_asked()
+    for payload in (b"bad other", b"bad other", b"a1"):  # damaged once more, and doubled
+        stream.drain(stream.tracker.replayed(1, payload))
+    stream.drain(stream.tracker.replay_ended())
+    assert (stream.taken, stream.state, stream.tracker.intake.coverage.missed) == ([0, 1], LIVE, 0)
 
 
 def test_an_engine_of_which_nothing_can_be_read_is_stale_and_does_not_cost_a_replay_each_time() -> None:
@@ -389,136 +345,4 @@ def test_an_engine_of_which_nothing_can_be_read_is_stale_and_does_not_cost_a_rep
     stream.replay(0, process="bad")
     stream.live(1, 2, 3, process="bad")
     assert not stream.tracker.wants_replay
-    assert (stream.state, stream.taken, stream.tracker.coverage.missed) == (STALE, [], 4)
-
-
-# --- restarts and repairs ------------------------------------------------------------------------------------------
-
-
-def test_a_restart_ends_the_replay_that_was_under_way() -> None:
-    stream = synced(0, 3)
-    stream.tracker.replay_asked()
-    stream.live(0, process="b")
-    assert not stream.tracker.replaying
-    assert stream.tracker.wants_replay
-
-
-def test_batches_that_the_ring_has_not_reached_are_of_a_dead_process() -> None:
-    stream = synced(0)
-    stream.live(5, process="dead")
-    assert [stream.replay(0)[-1] for _ in range(3)] == [GAP, GAP, APPLY]
-    assert (stream.taken, stream.state, stream.tracker.coverage.missed) == ([0], LIVE, 0)
-    assert stream.live(1) == [APPLY]
-
-
-def test_an_answer_that_breaks_off_says_nothing_about_the_end_of_the_ring() -> None:
-    stream = synced(0)
-    stream.live(5)
-    for _ in range(3):
-        stream.replay(0, ends=False)
-        stream.tracker.replay_failed()
-    stream.drain(APPLY)
-    assert (stream.taken, stream.state, stream.tracker.coverage.missed) == ([0, 5], STALE, 4)
-
-
-def test_low_numbers_behind_an_echo_of_the_old_process_are_looked_into_at_once() -> None:
-    stream = synced(0, 5)  # 5 is the last that the old process sent, long on its way
-    for _ in range(2):
-        stream.silence()
-    assert (stream.taken, stream.state) == ([0, 5], STALE)
-    assert not stream.tracker.wants_replay
-    assert stream.live(3, process="b") == [DUPLICATE]  # its number was given up
-    assert stream.replay(0, ends=False, process="b") == [RESTART]
-    stream.replay(0, 1, 2, 3, process="b")
-    assert (stream.taken, stream.state) == ([0, 5, "|", 0, 1, 2, 3], LIVE)
-
-
-def test_a_restart_reported_after_it_was_noticed_counts_once() -> None:
-    stream = synced(0, 1, 2)
-    stream.live(0, process="b")
-    assert stream.drain(stream.tracker.restarted()) is RESTART
-    assert stream.tracker.restarts == 1
-    assert synced().tracker.restarted() is DUPLICATE
-
-
-def test_a_picture_begun_anew_takes_what_the_ring_still_has() -> None:
-    stream = synced()
-    stream.live(0, 1, 2)
-    assert stream.drain(stream.tracker.resync()) is RESTART
-    assert (stream.tracker.coverage.taken, stream.state) == (0, SYNCING)
-    stream.live(3)
-    stream.replay(0, 1, 2, 3)
-    assert (stream.asked, stream.taken) == (0, [0, 1, 2, "|", 0, 1, 2, 3])
-    assert (stream.state, stream.tracker.restarts, stream.tracker.coverage.partial) == (LIVE, 0, False)
-    assert (stream.tracker.coverage.taken, stream.tracker.coverage.lost, stream.tracker.behind) == (4, 0, 0)
-
-
-def test_a_picture_begun_anew_from_a_ring_that_has_rolled_is_partial() -> None:
-    stream = synced()
-    stream.live(0, 1, 2)
-    stream.drain(stream.tracker.resync())
-    stream.replay(1, 2)
-    assert stream.taken[3:] == ["|", 1, 2]
-    assert (stream.state, stream.tracker.coverage.partial, stream.tracker.coverage.missed) == (LIVE, True, 0)
-
-
-def test_a_picture_begun_anew_without_a_replay_port_goes_on_with_what_comes() -> None:
-    stream = connected(replay=False)
-    stream.live(0, 1)
-    assert stream.drain(stream.tracker.resync()) is RESTART
-    stream.live(2)
-    assert (stream.taken, stream.state, stream.tracker.coverage.partial) == ([0, 1, "|", 2], LIVE, True)
-    assert connected().tracker.resync() is DUPLICATE
-
-
-def test_how_far_it_is_behind_and_in_doubt() -> None:
-    stream = synced()
-    assert not stream.tracker.doubted
-    stream.live(0, 1)
-    assert (stream.tracker.coverage.taken, stream.tracker.behind) == (2, 0)
-    stream.live(4, 5)
-    assert (stream.tracker.coverage.taken, stream.tracker.behind) == (2, 4)
-    stream.replay(1, 2, 3)
-    assert (stream.tracker.coverage.taken, stream.tracker.behind) == (6, 0)
-    stream.tracker.disconnected()
-    assert stream.tracker.doubted
-    stream.tracker.connected()
-    assert stream.tracker.doubted
-    stream.replay(5)
-    assert not stream.tracker.doubted
-
-
-def test_a_ring_without_room_is_not_taken_for_restarts_again_and_again() -> None:
-    stream = synced(0, 1)
-    stream.tracker.audit()
-    assert stream.replay() == [RESTART]
-    stream.live(2)
-    while stream.tracker.wants_replay:
-        stream.replay()
-    assert (stream.taken, stream.state) == ([0, 1, "|", 2], LIVE)
-    stream.tracker.audit()
-    assert stream.replay() == [APPLY]
-    assert stream.tracker.restarts == 1
-
-
-def test_a_repair_is_tried_once_and_only_from_the_beginning() -> None:
-    stream = synced(0, 5)
-    for _ in range(2):
-        stream.silence()
-    assert (stream.taken, stream.state, stream.tracker.repairable) == ([0, 5], STALE, True)
-    stream.tracker.audit()
-    stream.replay(2, 3, 4, 5)
-    assert stream.asked == 0
-    assert (stream.taken, stream.state, stream.tracker.repairable) == ([0, 5], STALE, False)
-
-
-def test_a_repair_forgets_and_reads_again() -> None:
-    stream = synced(0, 5)
-    for _ in range(2):
-        stream.silence()
-    assert stream.tracker.coverage.missed == 4
-    stream.tracker.audit()
-    stream.live(6)
-    stream.replay(*range(7))
-    assert stream.taken == [0, 5, 6, "|", *range(7)]
-    assert (stream.state, stream.tracker.coverage.missed, stream.tracker.restarts) == (LIVE, 0, 0)
+    assert (stream.state, stream.taken, stream.tracker.intake.coverage.missed) == (STALE, [], 4)

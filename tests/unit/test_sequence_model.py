@@ -69,7 +69,7 @@ class StreamMachine(RuleBasedStateMachine):
     def after(self, verdict: Verdict | None = None) -> None:
         if verdict is Verdict.RESTART:
             self.applied.clear()
-        while (taken := self.tracker.take()) is not None:
+        while (taken := self.tracker.intake.take()) is not None:
             self.read(*taken)
         if not self.tracker.replaying:
             self.answer = None
@@ -83,7 +83,7 @@ class StreamMachine(RuleBasedStateMachine):
         self.applied.append((process, seq))
 
     def hear(self, seq: int, payload: bytes) -> None:
-        if self.tracker.in_order and self.tracker.log.follow(seq, payload):
+        if self.tracker.in_order and self.tracker.intake.log.follow(seq, payload):
             self.tracker.followed(1)
             self.read(seq, payload)
             self.after()
@@ -182,7 +182,7 @@ class StreamMachine(RuleBasedStateMachine):
     @rule()
     def connect(self) -> None:
         self.online = True
-        if not self.tracker.next_seq:
+        if not self.tracker.intake.next_seq:
             # While nothing is taken, nothing tells late batches of the old process from those of the new one. The
             # stream gets over them, but only with the batches after the end of this model's schedule.
             self.live = deque(batch for batch in self.live if not self.is_old(batch))
@@ -252,12 +252,12 @@ class StreamMachine(RuleBasedStateMachine):
         assert state in (StreamState.LIVE, StreamState.STALE)
         assert self.applied[-1] == everything[-1], "a live worker must be indexed"
         tracker = self.tracker
-        assert (tracker.coverage.taken, tracker.behind) == (len(self.applied), 0)
+        assert (tracker.intake.coverage.taken, tracker.intake.behind) == (len(self.applied), 0)
         if state is StreamState.LIVE:
-            assert (tracker.coverage.lost, tracker.doubted) == (0, False), "what is repaired is trusted again"
+            assert (tracker.intake.coverage.lost, tracker.doubted) == (0, False), "what is repaired is trusted again"
             dead = {process for process, _ in self.applied} - {self.publisher.process}
             assert not dead, "blocks of a dead process remain"
-        if state is StreamState.LIVE and not self.tracker.coverage.partial:
+        if state is StreamState.LIVE and not self.tracker.intake.coverage.partial:
             assert self.applied == everything, "it says it knows everything"
         if state is StreamState.LIVE:
             assert self.applied == everything[-len(self.applied) :], "it says nothing was lost since its first batch"
@@ -265,7 +265,7 @@ class StreamMachine(RuleBasedStateMachine):
         if self.can_replay and self.publisher.count <= room and (audits or not self.tracker.repairable):
             assert self.applied == everything, "the ring holds the whole history"
             assert state is StreamState.LIVE
-            assert not self.tracker.coverage.partial
+            assert not self.tracker.intake.coverage.partial
 
 
 class DeafStreamMachine(StreamMachine):

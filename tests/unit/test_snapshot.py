@@ -243,7 +243,7 @@ def resumed(next_seq=5, process="a", **faults):
     before.connected()
     answered(before, *range(next_seq), process=process)
     one = tracker()
-    one.resume(before.position._replace(**faults))
+    one.intake.resume(before.intake.position._replace(**faults))
     one.connected()
     return one
 
@@ -258,11 +258,11 @@ def answered(one, *seqs, process="a"):
     verdicts, taken = [], []
     for seq in seqs:
         verdicts.append(one.replayed(seq, payload(seq, process)))
-        while (batch := one.take()) is not None:
+        while (batch := one.intake.take()) is not None:
             taken.append(batch[0])
     if one.replaying:
         verdicts.append(one.replay_ended())
-    while (batch := one.take()) is not None:
+    while (batch := one.intake.take()) is not None:
         taken.append(batch[0])
     return asked, verdicts, taken
 
@@ -271,13 +271,13 @@ def test_the_copy_of_the_last_batch_proves_the_process_and_the_stream_goes_on():
     one = resumed()
     assert one.state is StreamState.SYNCING
     one.live(6, payload(6))
-    assert one.take() is None, "nothing is proved yet"
+    assert one.intake.take() is None, "nothing is proved yet"
     asked, verdicts, taken = answered(one, 4, 5, 6)
     assert asked == 4
     assert Verdict.RESTART not in verdicts
     assert taken == [5, 6]
-    assert (one.state, one.restarts, one.coverage.partial) == (StreamState.LIVE, 0, False)
-    assert one.position._replace(content=0) == StreamPosition(7, 0, 7)
+    assert (one.state, one.restarts, one.intake.coverage.partial) == (StreamState.LIVE, 0, False)
+    assert one.intake.position._replace(content=0) == StreamPosition(7, 0, 7)
 
 
 @pytest.mark.parametrize("seqs", [(4, 5, 6), ()], ids=["other content", "an empty answer"])
@@ -286,7 +286,7 @@ def test_another_process_is_found_out(seqs):
     _, verdicts, taken = answered(one, *seqs, process="b")
     assert Verdict.RESTART in verdicts
     assert taken == []
-    assert one.next_seq == 0
+    assert one.intake.next_seq == 0
     _, _, taken = answered(one, 0, 1, 2, process="b")
     assert taken == [0, 1, 2]
 
@@ -296,15 +296,15 @@ def test_a_ring_that_rolled_past_the_proof_is_another_process():
     assert Verdict.RESTART not in answered(one, 8, 9)[1]
     assert answered(one, 8, 9)[1][-1] is Verdict.RESTART
     assert answered(one, 8, 9)[2] == [8, 9]
-    assert one.coverage.partial
+    assert one.intake.coverage.partial
 
 
 def test_faults_are_passed_on_and_can_be_repaired():
     one = resumed(lost=2, partial=True)
     answered(one, 4)
-    assert (one.state, one.coverage.missed, one.coverage.partial) == (StreamState.STALE, 2, True)
+    assert (one.state, one.intake.coverage.missed, one.intake.coverage.partial) == (StreamState.STALE, 2, True)
     assert one.repairable
-    assert one.position._replace(content=0) == StreamPosition(5, 0, 5, partial=True, lost=2)
+    assert one.intake.position._replace(content=0) == StreamPosition(5, 0, 5, partial=True, lost=2)
 
 
 def test_a_stream_without_replay_or_of_doubtful_origin_has_no_position():
@@ -313,7 +313,7 @@ def test_a_stream_without_replay_or_of_doubtful_origin_has_no_position():
     deaf = tracker(can_replay=False)
     deaf.connected()
     deaf.live(0, payload(0))
-    deaf.take()
+    deaf.intake.take()
     assert deaf.position is None
     one = resumed()
     assert one.position is not None, "in the same doubt"

@@ -36,6 +36,12 @@ class HeldBatches:
         """Whether every batch of `range(start, stop)` is held."""
         return all(seq in self._payloads for seq in range(start, stop))
 
+    def gap_after(self, start: int) -> int:
+        """The first number from `start` on that is not held."""
+        while start in self._payloads:
+            start += 1
+        return start
+
     def add(self, seq: int, payload: bytes, *, keep: bool = False) -> bool:
         """Hold a batch; of two copies the later stays.
 

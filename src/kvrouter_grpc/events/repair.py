@@ -1,78 +1,97 @@
 """The whole history of a stream, fetched again to make good what was given up."""
 
+from kvrouter_grpc.events.answer import ROLLED_ANSWERS
 from kvrouter_grpc.events.held import HeldBatches
 
 
 class Repair:
-    """Collects an answer from 0 aside: only a complete one may replace what was taken of the stream.
+    """Collects answers from 0 on aside: only what is complete may replace what was taken of the stream.
+
+    Answers have holes, on bad networks and with publishers that lose messages of long ones. So what has come is kept,
+    and the next answer begins where the first hole is.
 
     Args:
         max_held: Most batches of a history.
         max_held_bytes: Most bytes of their payloads together.
-        max_attempts: Failures after which it is left at that.
 
     Attributes:
         possible: What was given up may still be had from this process.
+        asked: The answer under way is for it.
+        advanced: The last answer has brought something; ask again soon.
+        begins: Number of the first batch of the history.
     """
 
-    def __init__(self, *, max_held: int, max_held_bytes: int, max_attempts: int) -> None:
+    def __init__(self, *, max_held: int, max_held_bytes: int) -> None:
         self.possible = True
+        self.asked = False
+        self.advanced = False
+        self.begins = 0
         self._bounds = (max_held, max_held_bytes)
-        self._max_attempts = max_attempts
-        self._failures = 0
         self._history: HeldBatches | None = None
+        self._hole = 0  # number of the first batch that is missing; what is asked for
+        self._late = 0  # answers in a row that did not begin with the first batch
 
     @property
     def under_way(self) -> bool:
-        """Whether an answer from 0 is being collected."""
+        """Whether a history is being collected."""
         return self._history is not None
 
-    def begin(self) -> None:
-        """The history is being asked for."""
-        self._history = HeldBatches(*self._bounds)
+    def ask(self) -> int:
+        """It is being asked for; from which number on."""
+        if self._history is None:
+            self._history = HeldBatches(*self._bounds)
+            self.begins = self._hole = 0
+        self.asked = True
+        return self._hole
+
+    def answer_begins(self, seq: int, *, suffix_helps: bool) -> None:
+        """Its answer begins with that number; `suffix_helps`: a history without its beginning is better than none."""
+        if self._hole:
+            return
+        if seq and not suffix_helps:
+            self._history = None  # it cannot become complete
+        else:
+            self.begins = seq
 
     def collect(self, seq: int, payload: bytes) -> None:
         """A batch arrived; it matters only while a repair is under way."""
         if self._history is not None:
             self._history.add(seq, payload)
 
-    def end(self, first: int | None, next_seq: int, *, suffix_helps: bool) -> HeldBatches | None:
+    def end(self, next_seq: int) -> HeldBatches | None:
         """The answer has ended.
 
         Args:
-            first: Number of its first batch; None when there was none.
-            next_seq: Number up to which it has to go.
-            suffix_helps: Even a history that begins after 0 is better than what is known.
+            next_seq: Number up to which the history has to go.
 
         Returns:
             The history to start over with; None when what was taken stays as it is.
         """
+        self.asked = self.advanced = False
         history, self._history = self._history, None
-        if history is None or first is None or (first and not suffix_helps):
-            self.possible = False  # the ring has rolled
-        elif history.overflowed or not history.covers(first, next_seq):
-            self._failed()
-            self.possible = self.possible and not history.overflowed
-        else:
+        if history is None or history.overflowed or not history.count:
+            self._late += 1
+            self.possible = self._late < ROLLED_ANSWERS and not (history is not None and history.overflowed)
+            return None
+        self._late = 0
+        hole = history.gap_after(max(self._hole, self.begins))
+        if hole >= next_seq:
             return history
+        self.advanced = hole > self._hole
+        self._hole, self._history = hole, history
         return None
 
     def break_off(self) -> None:
-        """The answer will not end."""
-        if self._history is not None:
-            self._history = None
-            self._failed()
+        """The answer will not end; what came of it counts all the same."""
+        self.asked = False
 
     def abandon(self) -> None:
-        """Whatever comes of the answer is of no use any more."""
+        """Whatever has come, or still comes, is of no use any more."""
         self._history = None
+        self.asked = False
 
     def new_process(self) -> None:
         """What failed with the process before says nothing of this one."""
-        self._history = None
-        self._failures = 0
+        self.abandon()
         self.possible = True
-
-    def _failed(self) -> None:
-        self._failures += 1
-        self.possible = self._failures < self._max_attempts
+        self._late = 0

@@ -19,20 +19,19 @@ aside, and only when that is complete everything is forgotten and taken again. W
 engine's further events show what is still there (`routing/renewal.py`), and `renewed()` says that they have.
 """
 
+from collections.abc import Callable
 from enum import Enum
 
 from kvrouter_grpc.events.answer import Answer
-from kvrouter_grpc.events.batch_log import LOST, OTHER, REMEMBERED, SAME, UNKNOWN, BatchLog
-from kvrouter_grpc.events.coverage import Coverage
-from kvrouter_grpc.events.held import HeldBatches
-from kvrouter_grpc.events.proof import ProcessProof
+from kvrouter_grpc.events.batch_log import LOST, OTHER, SAME, UNKNOWN
+from kvrouter_grpc.events.intake import Intake, Unreadable
 from kvrouter_grpc.events.repair import Repair
 from kvrouter_grpc.routing.stream import StreamPosition
 from kvrouter_grpc.types import StreamState
 
 
 class Verdict(Enum):
-    """What an input meant. After every input the caller drains `StreamTracker.take()`."""
+    """What an input meant. After every input the caller drains `Intake.take()`."""
 
     APPLY = "apply"  # in order
     DUPLICATE = "duplicate"  # known already
@@ -49,49 +48,50 @@ class StreamTracker:
         max_held: Batches held back while earlier ones are fetched.
         max_held_bytes: Their payloads together.
         max_attempts: Answers in a row that bring no progress after which a gap is given up.
+        readable: Whether a payload is whole: damage, too, changes a content, and proves no restart.
 
     Attributes:
-        log: The batches taken; whoever takes some in order by itself, see `followed`, does so there.
-        coverage: What of the history these are.
+        intake: Where it stands. The caller takes batches there, and may take some by itself, see `followed`.
         gaps: Times a number was missing.
         restarts: Restarts found or reported.
         replaying: A replay was asked for and has not ended. The caller gives up its own when this turns False.
     """
 
-    def __init__(self, *, can_replay: bool, max_held: int, max_held_bytes: int, max_attempts: int) -> None:
-        self.log = BatchLog()
-        self.coverage = Coverage()
+    def __init__(
+        self,
+        *,
+        can_replay: bool,
+        max_held: int,
+        max_held_bytes: int,
+        max_attempts: int,
+        readable: Callable[[bytes], bool] = lambda _: True,
+    ) -> None:
+        self.intake = Intake(max_held, max_held_bytes)
         self.gaps = 0
         self.restarts = 0
         self.replaying = False
         self._can_replay = can_replay
+        self._readable = readable
         self._connected = False
         self._heard = False  # the publisher said anything: a batch, or the end of a replay
-        self._held = HeldBatches(max_held, max_held_bytes)
-        self._live_high = -1  # highest number seen on the live socket
-        self._proof = ProcessProof()
+        self._proof = self.intake.proof
         self._audit = False  # a replay is wanted to look for losses that no later batch has shown
-        self._repair = Repair(max_held=max_held, max_held_bytes=max_held_bytes, max_attempts=max_attempts)
+        self._repair = Repair(max_held=max_held, max_held_bytes=max_held_bytes)
         self._answer = Answer(max_attempts)
-        self._unreadable: tuple[int, int] | None = None  # number and content of the last unreadable batch
+        self._answers = 0  # asked for so far
         self._rubbish = False  # the publisher writes batches that cannot be read
         self._restart_seen = False  # since the last handshake
 
     # --- outputs --------------------------------------------------------------------------------------------------
 
     @property
-    def next_seq(self) -> int:
-        """Number of the batch to be taken next."""
-        return self.log.next_seq
-
-    @property
     def state(self) -> StreamState:
         """How true the picture is that the batches taken so far give."""
         if not self._heard:
             return StreamState.SYNCING if self._proof.open else StreamState.COLD
-        if self._proof.open or self._hole or not self._connected:
+        if self._proof.open or self.intake.hole or not self._connected:
             return StreamState.SYNCING
-        return StreamState.STALE if self.faulty else StreamState.LIVE
+        return StreamState.STALE if self.intake.faulty else StreamState.LIVE
 
     @property
     def settled(self) -> bool:
@@ -104,16 +104,11 @@ class StreamTracker:
         return not (self._heard or self._connected)
 
     @property
-    def faulty(self) -> bool:
-        """Whether the picture may hold blocks that are gone."""
-        return self.coverage.lost > 0 or self._proof.unverified
-
-    @property
     def wants_replay(self) -> bool:
         """Whether a replay should be asked for as soon as the caller's pace allows."""
         if not (self._can_replay and self._connected) or self.replaying:
             return False
-        return self._proof.wanted or self._audit or self._hole
+        return self._proof.wanted or self._audit or self.intake.hole
 
     @property
     def detail(self) -> str:
@@ -122,24 +117,19 @@ class StreamTracker:
             return "connected, and nothing heard yet" if self._connected else "not connected yet"
         if not self._connected:
             return "the connection is lost; what the engine does meanwhile is fetched when it is back"
-        if self._hole:
-            return f"batch {self.next_seq} is missing and asked for again"
+        if self.intake.hole:
+            return f"batch {self.intake.next_seq} is missing and asked for again"
         if self._proof.open:
-            return f"asking what happened from batch {self.next_seq} on"
-        if self.coverage.lost:
-            return f"{self.coverage.lost} batches are lost: what they removed counts as cached until it is replaced"
+            return f"asking what happened from batch {self.intake.next_seq} on"
+        if self.intake.coverage.lost:
+            return (
+                f"{self.intake.coverage.lost} batches are lost: what they removed counts as cached until it is replaced"
+            )
         if self._proof.unverified:
             return "reconnected, and no replay has shown what was missed"
-        if self.coverage.partial:
+        if self.intake.coverage.partial:
             return "blocks cached by batches that were not received are unknown"
         return ""
-
-    @property
-    def behind(self) -> int:
-        """Batches that are known to be published and are not taken: missing, or held back."""
-        if not (self._held.count or self._hole):
-            return 0  # the highest number heard may be that of a process that is gone
-        return max(1, self._live_high + 1 - self.next_seq)
 
     @property
     def doubted(self) -> bool:
@@ -147,37 +137,14 @@ class StreamTracker:
         return not self._connected or self._proof.doubted or self._proof.unverified
 
     @property
-    def ready(self) -> bool:
-        """Whether `take()` would give a batch."""
-        return self._held.count > 0 and self.next_seq in self._held and not self._proof.doubted
-
-    @property
     def repairable(self) -> bool:
         """Whether an audit may make good what was given up."""
-        return self._can_replay and (self.faulty or self.coverage.partial) and self._repair.possible
-
-    @property
-    def _hole(self) -> bool:
-        """Whether the next batch is known to be missing."""
-        if self._held.count:
-            return self.next_seq not in self._held
-        return self._unreadable is not None and self._unreadable[0] == self.next_seq
-
-    # --- other processes of the router ----------------------------------------------------------------------------
+        return self._can_replay and (self.intake.faulty or self.intake.coverage.partial) and self._repair.possible
 
     @property
     def position(self) -> StreamPosition | None:
-        """Where another tracker could go on, in the same doubt; None when what was taken may be of two processes."""
-        content, coverage = self.log.last_content, self.coverage
-        if not self._can_replay or not coverage.taken or self._proof.unverified or not content:
-            return None
-        return StreamPosition(self.next_seq, content, coverage.taken, coverage.partial, coverage.lost)
-
-    def resume(self, position: StreamPosition) -> None:
-        """Go on where another tracker was. The connection proves, or disproves, that it is the same process."""
-        self.coverage.resume(position.known, position.lost, partial=position.partial)
-        self.log.note_hash(position.next_seq - 1, position.content)
-        self.log.next_seq = position.next_seq
+        """Where another process of the router could go on; a proof will be asked for, so None without a replay port."""
+        return self.intake.position if self._can_replay else None
 
     # --- the connection -------------------------------------------------------------------------------------------
 
@@ -187,13 +154,13 @@ class StreamTracker:
         self._restart_seen = False
         if self._can_replay:
             # Held batches, and an answer under way, may be of a process that is gone.
-            self._held.clear()
+            self.intake.held.clear()
             self._repair.abandon()
             self.replaying = False
-            self._proof.reconnected(known=self.next_seq > 0)
+            self._proof.reconnected(known=self.intake.next_seq > 0)
             self._answer.forgive()
-        elif self.coverage.taken:
-            self._give_proof_up()
+        elif self.intake.coverage.taken:
+            self.intake.lose_proof()
 
     def disconnected(self) -> None:
         """The live socket has lost its connection."""
@@ -207,8 +174,8 @@ class StreamTracker:
         Returns:
             RESTART, or DUPLICATE when there is nothing to forget.
         """
-        if not self.next_seq:
-            self._held.clear()
+        if not self.intake.next_seq:
+            self.intake.held.clear()
             return Verdict.DUPLICATE
         self.restarts -= self._restart_seen  # most likely the same one: it counts once
         return self._restart()
@@ -219,7 +186,7 @@ class StreamTracker:
         Returns:
             RESTART, or DUPLICATE when there is nothing to forget.
         """
-        if not self.next_seq:
+        if not self.intake.next_seq:
             return Verdict.DUPLICATE
         restarts, seen = self.restarts, self._restart_seen
         verdict = self._restart()
@@ -234,40 +201,42 @@ class StreamTracker:
 
         That is what `live` and `take` would do together, at a fraction of the cost: a stream in order is the rule.
         """
-        return self._proof.idle and not (self._held.count or self._repair.under_way)
+        return self._proof.idle and not (self.intake.held.count or self.intake.hole or self._repair.under_way)
 
     def followed(self, count: int) -> None:
         """`count` live batches were taken, as `in_order` allowed, and are in the log."""
         if count:
             self._heard = True
-            self._live_high = max(self._live_high, self.next_seq - 1)
-            self.coverage.taken += count
+            self.intake.live_high = max(self.intake.live_high, self.intake.next_seq - 1)
+            self.intake.coverage.taken += count
 
     def live(self, seq: int, payload: bytes) -> Verdict:
         """A batch arrived on the live socket."""
         self._heard = True
-        again = seq <= self._live_high
-        self._live_high = max(self._live_high, seq)
+        again = seq <= self.intake.live_high
+        self.intake.live_high = max(self.intake.live_high, seq)
         self._proof.heard(seq)
-        if seq < self.next_seq:
-            known = self.log.compare(seq, payload)
+        if seq < self.intake.next_seq:
+            known = self.intake.log.compare(seq, payload)
             if known == LOST:
                 self.audit()  # late, or a new process that the batches of the old one had run ahead of: a replay tells
-            if known in (SAME, LOST) or (known == UNKNOWN and not again):
+            if known in (SAME, LOST) or (known == UNKNOWN and not again) or not self._readable(payload):
                 return Verdict.DUPLICATE
             self._restart()
             self._heard = True
-            self._live_high = seq
+            self.intake.live_high = seq
             self._keep(seq, payload)
             return Verdict.RESTART
+        if self.intake.is_echo(seq, payload, None):
+            return Verdict.DUPLICATE
         self._repair.collect(seq, payload)
-        gap = seq > self.next_seq and self.coverage.taken > 0 and not self._hole
+        gap = seq > self.intake.next_seq and self.intake.coverage.taken > 0 and not self.intake.hole
         self.gaps += gap
         if not self._keep(seq, payload):
             return Verdict.DUPLICATE
         if gap:
             return Verdict.GAP
-        if not self.ready:
+        if not self.intake.ready:
             return Verdict.HOLD
         if not (self._can_replay and self._proof.empty_proves):
             self._proof.unverified = False  # the numbers go on where they were: no better proof is to be had
@@ -275,9 +244,9 @@ class StreamTracker:
 
     def _keep(self, seq: int, payload: bytes) -> bool:
         """Hold a live batch. Without a replay port, what lies before it will never come."""
-        if not self._can_replay and seq > self.next_seq:
-            self._skip_to(seq)
-        return self._held.add(seq, payload, keep=seq == self.next_seq)
+        if not self._can_replay and seq > self.intake.next_seq:
+            self.intake.skip_to(seq)
+        return self.intake.held.add(seq, payload, keep=seq == self.intake.next_seq)
 
     # --- replays --------------------------------------------------------------------------------------------------
 
@@ -295,41 +264,39 @@ class StreamTracker:
             The number it has to start from.
         """
         self.replaying = True
-        repairs = self._audit and self.repairable and not (self._proof.wanted or self._hole)
-        if repairs:
-            self._repair.begin()
+        self._answers += 1
+        repairs = self._audit and self.repairable and not (self._proof.wanted or self.intake.hole)
         self._proof.ask()
         self._audit = False
-        self._answer.ask(self.next_seq)
-        return 0 if repairs else max(self.next_seq - 1, 0)
+        self._answer.ask(self.intake.next_seq)
+        return self._repair.ask() if repairs else max(self.intake.next_seq - 1, 0)
 
     def replayed(self, seq: int, payload: bytes) -> Verdict:
         """A batch arrived on the replay socket."""
         self._heard = True
         if self._answer.hear(seq):
             self._proof.filled()
-            if not self._repair.under_way:
-                self._answer_begins(seq)
+            if self._repair.asked:
+                self._repair.answer_begins(seq, suffix_helps=self._proof.unverified)
+            elif not self.intake.next_seq and seq:
+                # Nothing is known yet, and of what was before nothing needs to be.
+                held = self.intake.held
+                self.intake.skip_to(min(seq, held.first()) if held.count else seq)
         self._repair.collect(seq, payload)
-        if seq < self.next_seq:
-            known = self.log.compare(seq, payload)
-            if known == OTHER:
+        if seq < self.intake.next_seq:
+            known = self.intake.log.compare(seq, payload)
+            if known == OTHER and self._readable(payload):
                 self._restart()
                 self._heard = True
                 return Verdict.RESTART
             if known == SAME:
                 self._proof.shown()
             return Verdict.DUPLICATE
-        if not self._held.add(seq, payload, keep=seq == self.next_seq):
+        if self.intake.is_echo(seq, payload, self._answers):
             return Verdict.DUPLICATE
-        return Verdict.APPLY if self.ready else Verdict.HOLD
-
-    def _answer_begins(self, seq: int) -> None:
-        """Look at how far back the ring still reaches."""
-        if not self.next_seq and seq:
-            # Nothing is known yet, and of what was before nothing needs to be.
-            self._skip_to(min(seq, self._held.first()) if self._held.count else seq)
-        self._repair.possible = self._repair.possible and not self._answer.begins_late
+        if not self.intake.held.add(seq, payload, keep=seq == self.intake.next_seq):
+            return Verdict.DUPLICATE
+        return Verdict.APPLY if self.intake.ready else Verdict.HOLD
 
     def replay_ended(self) -> Verdict:
         """The answer's end marker arrived.
@@ -341,46 +308,47 @@ class StreamTracker:
         self._heard = True
         self._answer.end()
         if self._answer.first is None and self._answer.asked_at and self._proof.empty_proves:
-            emptied_at = self.next_seq
+            emptied_at = self.intake.next_seq
             self._restart()
             self._heard = True
             self._proof.emptied(emptied_at)
             return Verdict.RESTART
         self._proof.answered()
-        if self._repair.under_way:
+        if self._repair.asked:
             return self._repair_ended()
         if self._proof.doubted:
             return self._unproved()
-        if not self._hole:
+        if not self.intake.hole:
             self._answer.forgive()
-            self._repair.possible = self._repair.possible or not (self.coverage.lost or self.coverage.partial)
             return Verdict.APPLY
-        self._answer.count_rolled(rolled=self._answer.begins_late and self.next_seq == self._answer.asked_at)
-        self._answer.count_attempt(self.next_seq)
+        self._answer.count_rolled(rolled=self._answer.begins_late and self.intake.next_seq == self._answer.asked_at)
+        self._answer.count_attempt(self.intake.next_seq)
         if self._answer.rolled or self._answer.vain:
+            self._repair.possible = self._repair.possible and not self._answer.rolled
             self._give_up(whole_answer=self._answer.first is not None)
             return Verdict.APPLY
         return Verdict.GAP
 
     def _repair_ended(self) -> Verdict:
         """Take the history from its beginning, if it is complete up to now."""
-        first = self._answer.first
-        history = self._repair.end(first, self.next_seq, suffix_helps=self._proof.unverified)
+        history = self._repair.end(self.intake.next_seq)
         if history is None:
-            return Verdict.GAP if self._hole else Verdict.APPLY
+            self._audit = self._repair.advanced
+            return Verdict.GAP if self.intake.hole else Verdict.APPLY
+        first = self._repair.begins
         if not first:
-            self.coverage.fetched()
+            self.intake.coverage.fetched()
         self._start_over()
-        self._held = history
+        self.intake.held = history
         if first:
-            self._skip_to(first)
+            self.intake.skip_to(first)
             self._repair.possible = False
         return Verdict.RESTART
 
     def _unproved(self) -> Verdict:
         """The answer did not hold the batch that would prove the same process: the ring has rolled past it."""
         if not self._proof.empty_proves:
-            self._give_proof_up()
+            self.intake.lose_proof()
             return Verdict.APPLY
         self._answer.count_rolled()
         self._proof.wanted = True
@@ -393,89 +361,53 @@ class StreamTracker:
         """The replay timed out or broke off: what came of it is kept, its end is unknown."""
         self.replaying = False
         self._answer.fail()
-        if self._repair.under_way:
+        if self._repair.asked:
             self._repair.break_off()
             return
-        self._answer.count_attempt(self.next_seq)
+        self._answer.count_attempt(self.intake.next_seq)
         self._proof.failed()
         if self._answer.silent or self._answer.vain:
             self._answer.forgive()
             if self._proof.wanted:
-                self._give_proof_up()
+                self.intake.lose_proof()
                 self._repair.possible = True
-            if self._hole:
+            if self.intake.hole:
                 self._give_up(whole_answer=False)
-
-    def _give_proof_up(self) -> None:
-        """Go on although it may be another process, and batches may be missing."""
-        self._proof.give_up(known=self.coverage.taken > 0)
-        self.coverage.losses += self._proof.unverified
 
     def _give_up(self, *, whole_answer: bool) -> None:
         """Go on behind the hole: a picture with a known fault is worth more than none."""
         self._answer.forgive()
-        waiting = self._held.first() if self._held.count else self.next_seq
+        waiting = self.intake.held.first() if self.intake.held.count else self.intake.next_seq
         if whole_answer and self._answer.last < waiting:
             # The ring ends before what waits behind the hole, or is damaged in it: a process that is gone sent that.
-            self._held.clear()
-            self._unreadable = None
+            self.intake.held.clear()
+            self.intake.unreadable = None
         else:
-            self._skip_to(max(waiting, self.next_seq + 1))
+            self.intake.skip_to(max(waiting, self.intake.next_seq + 1))
 
     # --- taking ---------------------------------------------------------------------------------------------------
 
-    def take(self) -> tuple[int, bytes] | None:
-        """The next batch in order, number and payload; None when it is not here."""
-        if not self.ready:
-            return None
-        seq = self.next_seq
-        payload = self._held.take(seq)
-        self.log.follow(seq, payload)
-        self.coverage.taken += 1
-        return seq, payload
-
-    def cleared(self) -> None:
-        """The batch just taken says that the engine dropped its whole cache: whatever was lost before is void."""
-        self.coverage.emptied()
-        self._proof.unverified = False
-
-    def renewed(self) -> None:
-        """Nothing of what was lost, however it was, can be wrong in the picture any more."""
-        self.coverage.renewed()
-        self._proof.unverified = False
-
     def unreadable(self) -> None:
         """The batch just taken cannot be read. It counts as not received, and as lost if another copy is no better."""
-        seq = self.next_seq - 1
-        bad = seq, self.log.forget(seq)
-        self.log.next_seq = seq
-        self.coverage.taken -= 1
-        if self._can_replay and bad != self._unreadable and (self.coverage.taken or not self._rubbish):
-            self.gaps += self._unreadable is None or self._unreadable[0] != seq
-            self._unreadable = bad
+        intake = self.intake
+        seq, content = intake.give_back()
+        before = intake.unreadable
+        if (
+            self._can_replay
+            and (before is None or before[:2] != (seq, content))
+            and (intake.coverage.taken or not self._rubbish)
+        ):
+            self.gaps += before is None or before.seq != seq
+            intake.unreadable = Unreadable(seq, content, self._answers)
         else:
-            # The same bytes twice, so the engine wrote them; then, of one that never wrote anything else, all are lost.
-            self._lose(seq + 1)
-            self.log.note_hash(*bad)
+            # The same bytes from two sides, so the engine wrote them; then, of one that never wrote anything else, all
+            # are lost.
+            intake.lose(seq + 1)
+            intake.log.note_hash(seq, content)
             self._repair.possible = False
             self._rubbish = True
 
     # --- parts ----------------------------------------------------------------------------------------------------
-
-    def _skip_to(self, seq: int) -> None:
-        """Do without the batches before `seq`."""
-        if self.coverage.taken:
-            self._lose(seq)
-        else:
-            self.coverage.partial = True
-            self.log.next_seq = seq
-
-    def _lose(self, seq: int) -> None:
-        """Give up the batches before `seq`, which may have removed blocks that are indexed."""
-        self.coverage.lose(seq - self.next_seq)
-        for lost in range(max(self.next_seq, seq - REMEMBERED), seq):
-            self.log.note_lost(lost)
-        self.log.next_seq = seq
 
     def _restart(self) -> Verdict:
         """Another process: nothing of the old one holds any more."""
@@ -483,8 +415,8 @@ class StreamTracker:
         self._start_over()
         self._proof.new_process(wanted=self._can_replay)
         self._heard = self.replaying = self._audit = False
-        self._live_high = -1
-        self._unreadable = None
+        self.intake.live_high = -1
+        self.intake.unreadable = None
         self._restart_seen = True
         self._repair.new_process()
         self._rubbish = False
@@ -492,10 +424,7 @@ class StreamTracker:
 
     def _start_over(self) -> None:
         """Know nothing of the stream's batches."""
-        self.log.clear()
-        self.coverage.start_over()
-        self._proof.start_over()
-        self._held.clear()
+        self.intake.start_over()
         self._repair.abandon()
         self._repair.possible = True
         self._answer.start_over()

@@ -6,36 +6,28 @@ import random
 import time
 from collections import deque
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any
 
+import msgspec
 import structlog
 import zmq
 
 from kvrouter_grpc import advice
 from kvrouter_grpc.advice import Advice
 from kvrouter_grpc.config import EventsConfig
-from kvrouter_grpc.core import BatchError, KvFeed
+from kvrouter_grpc.core import BatchError
 from kvrouter_grpc.events.batch_log import HIGHEST_SEQ
 from kvrouter_grpc.events.rota import Place, Rota
+from kvrouter_grpc.events.schedule import ReplaySchedule
 from kvrouter_grpc.events.sequence import StreamTracker, Verdict
+from kvrouter_grpc.events.sink import KvSink
 from kvrouter_grpc.events.sockets import Change, EventSockets, EventSource, Message, read_changes
-from kvrouter_grpc.routing.stream import StreamStatus
 from kvrouter_grpc.types import StreamState, Target
 
-__all__ = ["EventSource", "KvSink", "Subscriber"]
+__all__ = ["EventSource", "Subscriber"]
 
 CHUNK = 64
 """Replayed messages taken at once, so that live ones advance with them."""
-
-REPLAY_INTERVAL_S = 1.0
-"""Shortest time between two replay requests: an answer costs the engine's publisher thread up to its whole ring."""
-
-REPLAY_TOTAL_TIMEOUTS = 12
-"""Replay timeouts after which even an answer that still drips counts as failed."""
-
-AUDIT_S = 2.0
-AUDIT_MAX_S = 60.0
-"""Quiet time before the first look for a lost last batch, and the longest between two looks. The wait doubles."""
 
 REOPEN_S = 1.0
 """Least time without a connection after which the socket is replaced: ZeroMQ itself never reconnects after a peer broke
@@ -48,31 +40,6 @@ END = b"\xff" * 8
 """Sequence number -1: the end of a replay."""
 
 log = structlog.get_logger(__name__)
-
-
-class KvSink(Protocol):
-    """Where batches go: the index of an endpoint."""
-
-    def feed(self, target: Target) -> KvFeed:
-        """What applies the batches of the target's stream; they come in order."""
-
-    def cleared(self, target: Target) -> None:
-        """The feed has read that the engine dropped its whole cache."""
-
-    def clear(self, target: Target) -> None:
-        """Forget what the target holds."""
-
-    def stream(self, target: Target) -> StreamStatus:
-        """The target's status, which the subscriber keeps true."""
-
-    def doubt(self, target: Target) -> None:
-        """Events of the target are lost for good."""
-
-    def renewed(self, target: Target) -> bool:
-        """Whether what they did has no effect any more."""
-
-    def refresh(self, target: Target) -> None:
-        """The status has been brought up to date."""
 
 
 class Subscriber:
@@ -110,7 +77,6 @@ class Subscriber:
         self._on_disconnect = on_disconnect
         self._on_fault = on_fault
         self._context = context
-        self._rng = rng
         self._rota = rota
         self._place: Place | None = None  # in the rota
         self._sockets: EventSockets
@@ -121,6 +87,7 @@ class Subscriber:
             max_held=config.max_pending_batches,
             max_held_bytes=config.max_message_bytes,
             max_attempts=config.stale_after_replays,
+            readable=_is_whole,
         )
         self._heard: deque[tuple[int, bytes]] = deque()  # live batches that are still to be told to the tracker
         self._answers: deque[Message] = deque()  # the same of replayed messages
@@ -130,13 +97,8 @@ class Subscriber:
         self._stirred = True  # more than batches in order may have changed the status
         self._fault: Advice | None = None  # why nothing can be heard
         self._unreadable = ""  # what was wrong with the last unreadable message
-        self._asked_at = 0.0
-        self._answered_at = 0.0
-        self._ask_after = 0.0
         self._unfinished = False  # an answer may still be on its way
-        self._failures = 0  # replays in a row that timed out
-        self._audit_gap = AUDIT_S
-        self._audit_at = math.inf
+        self._schedule = ReplaySchedule(config, rng, audits=source.replay is not None)
         self._reopen_s = max(REOPEN_S, 2 * config.reconnect_max_ms / 1000)
         self._reopen_at = math.inf
         self._unreached_at = math.inf
@@ -158,7 +120,7 @@ class Subscriber:
     async def run(self) -> None:
         """Follow the stream until cancelled."""
         if self._status.resume_at is not None and self._source.replay is not None:
-            self._tracker.resume(self._status.resume_at)
+            self._tracker.intake.resume(self._status.resume_at)
             self._status.resume_at = None  # the next subscriber begins cold
         self._status.position = lambda: self._tracker.position
         now = asyncio.get_running_loop().time()
@@ -166,7 +128,7 @@ class Subscriber:
         self._sockets = EventSockets(self._source, self._config, self._context, place)
         try:
             if self._open(now):
-                self._postpone_audit(now)
+                self._schedule.postpone_audit(now)
                 self._unreached_at = now + UNREACHED_S
             else:
                 self._set_fault(advice.no_address(self._source.events))
@@ -210,9 +172,9 @@ class Subscriber:
         drained = False
         tracker = self._tracker
         while True:
-            if tracker.coverage.losses != self._losses:
-                self._doubt()
-            if tracker.ready and (taken := tracker.take()) is not None:
+            if tracker.intake.coverage.losses != self._losses:
+                self._doubt(now)
+            if tracker.intake.ready and (taken := tracker.intake.take()) is not None:
                 self._apply(taken[1])
             elif self._heard:
                 self._heed(self._live(*self._heard.popleft()))
@@ -225,26 +187,27 @@ class Subscriber:
             if time.perf_counter() >= ends_at:
                 break
         # Even in a storm, what is overdue must be given up and asked for again.
-        if not tracker.ready:
+        if not tracker.intake.ready:
             self._pace(now)
         return True
 
-    def _doubt(self) -> None:
+    def _doubt(self, now: float) -> None:
         """Before anything is applied that comes after what was lost."""
-        self._losses = self._tracker.coverage.losses
+        self._schedule.hasten_audit(now)
+        self._losses = self._tracker.intake.coverage.losses
         self._stirred = True
-        if self._tracker.faulty:
+        if self._tracker.intake.faulty:
             self._index.doubt(self._target)
 
     def _fetch(self, now: float) -> bool:
         """Take messages from the sockets, and apply those that are in order; whether the sockets are empty now."""
         tracker, status = self._tracker, self._status
-        found = self._sockets.deliver(tracker.log, self._feed, in_order=tracker.in_order)
+        found = self._sockets.deliver(tracker.intake.log, self._feed, in_order=tracker.in_order)
         self._answers.extend(self._sockets.replayed(CHUNK))
         if found is not None:
             tracker.followed(found.batches)
-            status.last_seq = tracker.next_seq - 1
-            status.known = tracker.coverage.taken
+            status.last_seq = tracker.intake.next_seq - 1
+            status.known = tracker.intake.coverage.taken
             status.skipped += found.skipped
             status.unread += found.skipped
             status.batches += found.batches
@@ -272,7 +235,7 @@ class Subscriber:
             if self._fault == advice.events_unreached(self._source.events):
                 self._set_fault(None)
             self._tracker.connected()
-            self._postpone_audit(now)
+            self._schedule.postpone_audit(now)
         elif change is Change.DOWN:
             self._reopen_at = now + self._reopen_s
             self._tracker.disconnected()
@@ -284,7 +247,7 @@ class Subscriber:
     def _note_arrival(self, now: float) -> None:
         self._status.last_event_at = time.monotonic()
         if not self._tracker.repairable:
-            self._postpone_audit(now)
+            self._schedule.postpone_audit(now)
 
     def _set_fault(self, fault: Advice | None) -> None:
         """What keeps events from coming; None once some have come."""
@@ -295,7 +258,7 @@ class Subscriber:
                 self._on_fault(fault)
 
     def _live(self, seq: int, payload: bytes) -> Verdict:
-        if self._tracker.in_order and self._tracker.log.follow(seq, payload):
+        if self._tracker.in_order and self._tracker.intake.log.follow(seq, payload):
             self._tracker.followed(1)
             self._apply(payload)
             return Verdict.APPLY
@@ -307,7 +270,7 @@ class Subscriber:
         # [b"", topic, sequence number, payload]; vLLM up to 0.25 sends no topic.
         if len(message) not in (3, 4) or len(message[-2]) != 8:
             return self._misshapen("not the frames of a replay")
-        self._answered_at = now
+        self._schedule.answered(now)
         if message[-2] != END:
             seq = int.from_bytes(message[-2])
             if seq > HIGHEST_SEQ:
@@ -319,7 +282,7 @@ class Subscriber:
             if verdict is not Verdict.DUPLICATE:
                 self._status.last_event_at = time.monotonic()  # what was lost on the way was said all the same
             return verdict
-        self._failures = 0
+        self._schedule.ended()
         self._unfinished = False
         return self._tracker.replay_ended()
 
@@ -355,7 +318,7 @@ class Subscriber:
 
     def _cleared(self) -> None:
         self._stirred = True
-        self._tracker.cleared()
+        self._tracker.intake.emptied()
         self._index.cleared(self._target)
 
     # --- what is due ----------------------------------------------------------------------------------------------
@@ -363,51 +326,33 @@ class Subscriber:
     def _pace(self, now: float) -> bool:
         """Give up an answer that is overdue, ask when it is time to; whether a request was sent."""
         tracker = self._tracker
-        if tracker.replaying and now >= self._reply_due():
+        if tracker.replaying and now >= self._schedule.reply_due:
             self._stirred = True
             tracker.replay_failed()
-            self._failures += 1
-            longest = self._config.replay_backoff_max_s
-            backoff = min(self._config.replay_backoff_s * 2 ** min(self._failures, 16), longest)
-            self._ask_after = max(self._ask_after, now + backoff * self._rng.uniform(0.5, 1.0))
+            self._schedule.failed(now)
         if self._unfinished and not tracker.replaying:
             # Late messages of an answer that was given up would pass for the next one's.
             self._sockets.close_replay()
             self._answers.clear()
             self._unfinished = False
-        if now >= self._audit_at:
+        if self._schedule.audit_due(now, repairs=tracker.repairable):
             self._stirred = True
             tracker.audit()
-            self._audit_gap = min(2 * self._audit_gap, AUDIT_MAX_S)
-            self._audit_at = now + self._audit_gap
-        if tracker.ready:
+        if tracker.intake.ready:
             return True
-        if not tracker.wants_replay or now < self._ask_after:
+        if not tracker.wants_replay or now < self._schedule.ask_after:
             return False
-        self._asked_at = self._answered_at = now
-        self._ask_after = now + REPLAY_INTERVAL_S
+        self._schedule.asked(now)
         self._unfinished = self._stirred = True
         self._status.replays += 1
         # What cannot be sent ends like what is not answered: by the timeout.
         return self._sockets.ask(tracker.replay_asked())
 
-    def _postpone_audit(self, now: float) -> None:
-        """The stream speaks, so what it says next will show what was lost before."""
-        if self._source.replay is not None:
-            self._audit_gap = AUDIT_S
-            self._audit_at = now + AUDIT_S
-
-    def _reply_due(self) -> float:
-        timeout = self._config.replay_timeout_s
-        return min(self._answered_at + timeout, self._asked_at + REPLAY_TOTAL_TIMEOUTS * timeout)
-
     def due(self) -> float:
         """When there is something to do without any message; see `rota.Stream`."""
-        if self._tracker.replaying:
-            asks_at = self._reply_due()
-        else:
-            asks_at = self._ask_after if self._tracker.wants_replay else math.inf
-        return min(self._reopen_at, self._unreached_at, self._audit_at, asks_at)
+        tracker = self._tracker
+        scheduled = self._schedule.due(replaying=tracker.replaying, wants_replay=tracker.wants_replay)
+        return min(self._reopen_at, self._unreached_at, scheduled)
 
     def _open(self, now: float) -> bool:
         """Connect to the publisher, and see to it that the attempt does not last for ever."""
@@ -418,9 +363,9 @@ class Subscriber:
 
     def _report(self) -> None:
         """Bring the status up to date."""
-        tracker, status, coverage = self._tracker, self._status, self._tracker.coverage
-        if tracker.faulty and self._losses == coverage.losses and self._index.renewed(self._target):
-            tracker.renewed()
+        tracker, status, coverage = self._tracker, self._status, self._tracker.intake.coverage
+        if tracker.intake.faulty and self._losses == coverage.losses and self._index.renewed(self._target):
+            tracker.intake.renewed()
         before, doubted, lost = status.state, status.doubted, status.lost
         status.state = tracker.state
         if status.state is not StreamState.SYNCING:
@@ -429,9 +374,9 @@ class Subscriber:
             status.unsettled_at = time.monotonic()
         status.known = coverage.taken
         status.lost = coverage.lost
-        status.behind = tracker.behind
+        status.behind = tracker.intake.behind
         status.doubted = tracker.doubted
-        status.last_seq = tracker.next_seq - 1
+        status.last_seq = tracker.intake.next_seq - 1
         status.gaps = tracker.gaps
         status.missed = coverage.missed
         status.restarts = tracker.restarts
@@ -450,3 +395,11 @@ class Subscriber:
                 dp_rank=self._target.dp_rank,
                 detail=status.detail,
             )
+
+
+def _is_whole(payload: bytes) -> bool:
+    try:
+        msgspec.msgpack.decode(payload)
+    except (ValueError, RecursionError):
+        return False
+    return True

@@ -1,0 +1,177 @@
+"""The stream tracker where a process restarts, a picture is begun anew, or what was given up is made good."""
+
+from unit.tracked_stream import APPLY, DUPLICATE, GAP, LIVE, RESTART, STALE, SYNCING, connected, synced, way
+
+__all__ = ["way"]
+
+
+def test_a_restart_ends_the_replay_that_was_under_way() -> None:
+    stream = synced(0, 3)
+    stream.tracker.replay_asked()
+    stream.live(0, process="b")
+    assert not stream.tracker.replaying
+    assert stream.tracker.wants_replay
+
+
+def test_batches_that_the_ring_has_not_reached_are_of_a_dead_process() -> None:
+    stream = synced(0)
+    stream.live(5, process="dead")
+    assert [stream.replay(0)[-1] for _ in range(3)] == [GAP, GAP, APPLY]
+    assert (stream.taken, stream.state, stream.tracker.intake.coverage.missed) == ([0], LIVE, 0)
+    assert stream.live(1) == [APPLY]
+
+
+def test_an_answer_that_breaks_off_says_nothing_about_the_end_of_the_ring() -> None:
+    stream = synced(0)
+    stream.live(5)
+    for _ in range(3):
+        stream.replay(0, ends=False)
+        stream.tracker.replay_failed()
+    stream.drain(APPLY)
+    assert (stream.taken, stream.state, stream.tracker.intake.coverage.missed) == ([0, 5], STALE, 4)
+
+
+def test_low_numbers_behind_an_echo_of_the_old_process_are_looked_into_at_once() -> None:
+    stream = synced(0, 5)  # 5 is the last that the old process sent, long on its way
+    for _ in range(2):
+        stream.silence()
+    assert (stream.taken, stream.state) == ([0, 5], STALE)
+    assert not stream.tracker.wants_replay
+    assert stream.live(3, process="b") == [DUPLICATE]  # its number was given up
+    assert stream.replay(0, ends=False, process="b") == [RESTART]
+    stream.replay(0, 1, 2, 3, process="b")
+    assert (stream.taken, stream.state) == ([0, 5, "|", 0, 1, 2, 3], LIVE)
+
+
+def test_damage_is_no_restart() -> None:
+    """It changes the content of a batch, too; but what cannot be read was written by nobody."""
+    stream = synced(0, 1, readable=lambda payload: not payload.startswith(b"bad"))
+    assert stream.live(1, process="bad") == [DUPLICATE]
+    stream.tracker.audit()
+    assert stream.replay(1, process="bad") == [DUPLICATE, APPLY]
+    assert stream.live(1, process="b") == [RESTART]
+
+
+def test_a_restart_reported_after_it_was_noticed_counts_once() -> None:
+    stream = synced(0, 1, 2)
+    stream.live(0, process="b")
+    assert stream.drain(stream.tracker.restarted()) is RESTART
+    assert stream.tracker.restarts == 1
+    assert synced().tracker.restarted() is DUPLICATE
+
+
+def test_a_picture_begun_anew_takes_what_the_ring_still_has() -> None:
+    stream = synced()
+    stream.live(0, 1, 2)
+    assert stream.drain(stream.tracker.resync()) is RESTART
+    assert (stream.tracker.intake.coverage.taken, stream.state) == (0, SYNCING)
+    stream.live(3)
+    stream.replay(0, 1, 2, 3)
+    assert (stream.asked, stream.taken) == (0, [0, 1, 2, "|", 0, 1, 2, 3])
+    assert (stream.state, stream.tracker.restarts, stream.tracker.intake.coverage.partial) == (LIVE, 0, False)
+    assert (
+        stream.tracker.intake.coverage.taken,
+        stream.tracker.intake.coverage.lost,
+        stream.tracker.intake.behind,
+    ) == (4, 0, 0)
+
+
+def test_a_picture_begun_anew_from_a_ring_that_has_rolled_is_partial() -> None:
+    stream = synced()
+    stream.live(0, 1, 2)
+    stream.drain(stream.tracker.resync())
+    stream.replay(1, 2)
+    assert stream.taken[3:] == ["|", 1, 2]
+    assert (stream.state, stream.tracker.intake.coverage.partial, stream.tracker.intake.coverage.missed) == (
+        LIVE,
+        True,
+        0,
+    )
+
+
+def test_a_picture_begun_anew_without_a_replay_port_goes_on_with_what_comes() -> None:
+    stream = connected(replay=False)
+    stream.live(0, 1)
+    assert stream.drain(stream.tracker.resync()) is RESTART
+    stream.live(2)
+    assert (stream.taken, stream.state, stream.tracker.intake.coverage.partial) == ([0, 1, "|", 2], LIVE, True)
+    assert connected().tracker.resync() is DUPLICATE
+
+
+def test_how_far_it_is_behind_and_in_doubt() -> None:
+    stream = synced()
+    assert not stream.tracker.doubted
+    stream.live(0, 1)
+    assert (stream.tracker.intake.coverage.taken, stream.tracker.intake.behind) == (2, 0)
+    stream.live(4, 5)
+    assert (stream.tracker.intake.coverage.taken, stream.tracker.intake.behind) == (2, 4)
+    stream.replay(1, 2, 3)
+    assert (stream.tracker.intake.coverage.taken, stream.tracker.intake.behind) == (6, 0)
+    stream.tracker.disconnected()
+    assert stream.tracker.doubted
+    stream.tracker.connected()
+    assert stream.tracker.doubted
+    stream.replay(5)
+    assert not stream.tracker.doubted
+
+
+def test_a_ring_without_room_is_not_taken_for_restarts_again_and_again() -> None:
+    stream = synced(0, 1)
+    stream.tracker.audit()
+    assert stream.replay() == [RESTART]
+    stream.live(2)
+    while stream.tracker.wants_replay:
+        stream.replay()
+    assert (stream.taken, stream.state) == ([0, 1, "|", 2], LIVE)
+    stream.tracker.audit()
+    assert stream.replay() == [APPLY]
+    assert stream.tracker.restarts == 1
+
+
+def test_a_repair_begins_at_the_beginning_or_not_at_all() -> None:
+    stream = synced(0, 5)
+    for _ in range(2):
+        stream.silence()
+    for repairable in (True, True, False):  # one answer that begins late may be a fault of the network
+        assert (stream.taken, stream.state, stream.tracker.repairable) == ([0, 5], STALE, repairable)
+        stream.tracker.audit()
+        stream.replay(2, 3, 4, 5)
+        assert stream.asked == (0 if repairable else 5)
+
+
+def test_a_repair_goes_on_where_the_answer_before_it_had_a_hole() -> None:
+    stream = synced(0, 9)
+    for _ in range(2):
+        stream.silence()
+    stream.tracker.audit()
+    stream.replay(0, 1, 2, 4, 5, 9)
+    assert (stream.asked, stream.taken) == (0, [0, 9])
+    stream.live(10)
+    stream.replay(3, 4, 6, 8, ends=False)  # asked for at once, as it brings something
+    stream.tracker.replay_failed()
+    assert (stream.asked, stream.tracker.wants_replay) == (3, False)
+    stream.tracker.audit()
+    stream.replay(6, 7, 8, 9, 10)
+    assert stream.asked == 3
+    assert stream.taken == [0, 9, 10, "|", *range(11)]
+    assert (stream.state, stream.tracker.intake.coverage.missed, stream.tracker.restarts) == (LIVE, 0, 0)
+
+
+def test_what_is_renewed_counts_as_lost_no_more() -> None:
+    stream = synced(0, 5, replay=False)
+    assert (stream.state, stream.tracker.intake.coverage.losses) == (STALE, 1)
+    stream.tracker.intake.renewed()
+    assert (stream.state, stream.tracker.intake.coverage.partial) == (LIVE, True)
+    assert "not received are unknown" in stream.tracker.detail
+
+
+def test_a_repair_forgets_and_reads_again() -> None:
+    stream = synced(0, 5)
+    for _ in range(2):
+        stream.silence()
+    assert stream.tracker.intake.coverage.missed == 4
+    stream.tracker.audit()
+    stream.live(6)
+    stream.replay(*range(7))
+    assert stream.taken == [0, 5, 6, "|", *range(7)]
+    assert (stream.state, stream.tracker.intake.coverage.missed, stream.tracker.restarts) == (LIVE, 0, 0)
