@@ -27,7 +27,7 @@ from e2e.router import Router
 
 VERSION = "0.32.0"
 POLICIES = ("default", "dynamo", "least-loaded", "round-robin")
-ROUNDS = 4
+ROUNDS = 3
 ENGINE = EngineOptions(
     block_size=32, blocks=417, lora=False, tokens_per_step=1024, most_running=16, max_model_len=4096, shape=SLOW_MODEL
 )
@@ -55,14 +55,14 @@ def main() -> int:
     crowd = Crowd(users=4, conversations=1, turns=2) if chosen.quick else CROWD
     rounds = 1 if chosen.quick else chosen.rounds
     figures = Figures()
+    path = RESULTS / f"fleet{'-quick' if chosen.quick else ''}.json"
     with tempfile.TemporaryDirectory() as logs:
         fleet = _Fleet(Path(logs))
         try:
             asyncio.run(fleet.compare(policies, crowd, range(chosen.seed, chosen.seed + rounds), figures))
         finally:
             fleet.close()
-    path = RESULTS / f"fleet{'-quick' if chosen.quick else ''}.json"
-    figures.write(path)
+            figures.write(path)  # those of the rounds that there were
     print(f"figures: {path.relative_to(ROOT)}")
     return 0
 

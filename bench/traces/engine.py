@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from bench.traces.cache import Cache, Span
-from bench.traces.trace import Request
+from bench.traces.trace import Path, Request
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,6 +22,8 @@ class EngineModel:
     Attributes:
         cache_tokens: Size of the KV cache.
         batch_tokens: Most tokens in one step: a longer prompt is computed in chunks.
+        long_prompt_tokens: Most tokens of one prompt in one step while there are other requests; the rest of the step
+            is for those behind it (vLLM's `--long-prefill-token-threshold`).
         most_running: Requests that run at a time.
     """
 
@@ -32,6 +34,7 @@ class EngineModel:
     context_doubles: float = math.inf
     cache_tokens: int = 320_000
     batch_tokens: int = 8192
+    long_prompt_tokens: int = 8192
     most_running: int = 256
 
     def prefill_s(self, context: int, tokens: int) -> float:
@@ -52,7 +55,8 @@ class EngineModel:
 
 LINEAR = EngineModel()
 ROOFLINE = EngineModel(prefill_rate=25_000.0, read_s=0.000_04 / 1000, context_doubles=30_000.0)
-MODELS = {"lin": LINEAR, "roof": ROOFLINE}
+LINEAR_PASSING = replace(LINEAR, long_prompt_tokens=2048)
+MODELS = {"lin": LINEAR, "roof": ROOFLINE, "passing": LINEAR_PASSING}
 
 
 @dataclass(slots=True, eq=False)
@@ -101,7 +105,7 @@ class Engine:
         self.prefilled = 0
         self.busy_s = 0.0
         self.waiting: deque[Job] = deque()
-        self.prefilling: Job | None = None
+        self.prefilling: list[Job] = []
         self._size = block_size
         self._first_token, self._ended, self._publish = first_token, ended, publish
         self._ticks = 0  # tokens that a request would have which ran from the start
@@ -142,6 +146,7 @@ class Engine:
         for job, tokens in self._chunks:
             job.computed += tokens
             if job.computed == job.request.prompt_tokens:
+                self.prefilling.remove(job)
                 self._start_decoding(job, now)
         running = self._running
         while running and running[0][0] <= self._ticks:
@@ -149,11 +154,8 @@ class Engine:
         self._chunks = []
         return self._begin(now)
 
-    def left_over(self) -> int:
-        """Prompt tokens that the step under way leaves of the job that is being computed."""
-        job = self.prefilling
-        if job is None:
-            return 0
+    def left_over(self, job: Job) -> int:
+        """Prompt tokens that the step under way leaves of a job that is being computed."""
         return job.request.prompt_tokens - job.computed - sum(tokens for each, tokens in self._chunks if each is job)
 
     def step_ends_in(self, now: float) -> float:
@@ -200,22 +202,20 @@ class Engine:
     def _fill(self) -> None:
         """Choose the chunks of the next step: in order of arrival, as many tokens as it takes."""
         room = self.model.batch_tokens - len(self._running)
+        alone = len(self._running) + len(self.prefilling) + len(self.waiting) == 1
+        most = self.model.batch_tokens if alone else self.model.long_prompt_tokens
+        begun = iter(tuple(self.prefilling))
         while room > 0:
-            job = self.prefilling
+            job = next(begun, None) or self._admit()
             if job is None:
-                job = self.prefilling = self._admit()
-                if job is None:
-                    break
-            tokens = min(room, job.request.prompt_tokens - job.computed)
+                break
+            tokens = min(room, most, job.request.prompt_tokens - job.computed)
             self._chunks.append((job, tokens))
             room -= tokens
-            if job.computed + tokens < job.request.prompt_tokens:
-                break
-            self.prefilling = None
 
     def _admit(self) -> Job | None:
         """The next waiting job, if it fits. Room for its answer is set aside at once, so nobody is preempted."""
-        if not self.waiting or len(self._running) + len(self._chunks) >= self.model.most_running:
+        if not self.waiting or len(self._running) + len(self.prefilling) >= self.model.most_running:
             return None
         job = self.waiting[0]
         request, size = job.request, self._size
@@ -226,13 +226,23 @@ class Engine:
         if evicted is None:
             return None
         self.waiting.popleft()
-        job.admitted = True
         self._removed += evicted
         job.private_blocks = private
         # The last token is always computed, and the cache serves whole blocks.
-        job.cached_blocks = min(held, (request.prompt_tokens - 1) // size)
+        job.cached_blocks = min(self._computed(request.path, held), (request.prompt_tokens - 1) // size)
         job.computed = job.cached_blocks * size
+        job.admitted = True
+        self.prefilling.append(job)
         return job
+
+    def _computed(self, path: Path, held: int) -> int:
+        """Leading blocks, of those held, that are computed when the next step ends; a longer prompt may be at them."""
+        for job in self.prefilling:
+            common = sum(len(ours) for ours, theirs in zip(path, job.request.path, strict=False) if ours is theirs)
+            done = (job.request.prompt_tokens - self.left_over(job)) // self._size
+            if done < common:
+                held = min(held, done)
+        return held
 
     def _changes(self) -> tuple[list[Span], list[Span]]:
         stored: list[Span] = []

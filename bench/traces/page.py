@@ -1,4 +1,4 @@
-"""Fills the tables of docs/routing.md from `bench/results/traces.json`; the words around them are written by hand.
+"""Fills the tables of docs/routing.md from `bench/results/traces.json` and `fleet.json`; the words are written by hand.
 
 A table stands between `<!-- figures: NAME -->` and `<!-- end -->`; `TABLES` has the names.
 """
@@ -22,7 +22,8 @@ Values = Mapping[str, float]
 
 def main() -> None:
     """Write the tables."""
-    values = json.loads((RESULTS / "traces.json").read_text())
+    files = [RESULTS / name for name in ("traces.json", "fleet.json")]
+    values = {key: value for file in files if file.exists() for key, value in json.loads(file.read_text()).items()}
     PAGE.write_text(filled(PAGE.read_text(), values))
     print(f"wrote {PAGE.relative_to(ROOT)}")
 
@@ -71,27 +72,46 @@ def by_scenario(study: str, measure: str, values: Values) -> list[list[str]]:
     return rows
 
 
-GROUPS = "LS"  # sizes of caches
+def relative(groups: Mapping[str, str], values: Values) -> list[list[str]]:
+    """Geometric means of the main study's scenarios, relative to the cost `dynamo`.
 
-
-def relative(values: Values) -> list[list[str]]:
-    """Geometric means of the main study's scenarios, relative to the cost `dynamo`."""
+    Args:
+        groups: By title, the sizes of caches to take together.
+        values: The figures.
+    """
     measures = {"ttft_mean": "mean TTFT", "ttft_p99": "p99 TTFT", "itl_ms": "ITL", "e2e_mean": "E2E"}
-    groups = [group for group in GROUPS if any(case.cache == group for case in _measured("main", "ttft_mean", values))]
-    rows = [["", *(f"{title}, {group} caches" for group in groups for title in measures.values())]]
+    rows = [["", *(", ".join(filter(None, (title, group))) for group in groups for title in measures.values())]]
     for name in _names("main"):
         cells = []
-        for group in groups:
-            cases = [case.name for case in _measured("main", "ttft_mean", values) if case.cache == group]
+        for caches in groups.values():
+            cases = [case.name for case in _measured("main", "ttft_mean", values) if case.cache in caches]
             for measure in measures:
                 pairs = [
                     (values.get(f"traces.{case}.{name}.{measure}"), values.get(f"traces.{case}.dynamo.{measure}"))
                     for case in cases
                 ]
                 ratios = [ours / theirs for ours, theirs in pairs if ours and theirs]
-                cells.append(f"{_geometric(ratios):.2f}" if len(ratios) == len(pairs) else "-")
+                cells.append(f"{_geometric(ratios):.2f}" if ratios and len(ratios) == len(pairs) else "-")
         if set(cells) != {"-"}:
             rows.append([name, *cells])
+    return rows
+
+
+FLEET = {
+    "cached": "cached", "ttft_mean": "mean TTFT", "ttft_p50": "p50", "ttft_p99": "p99", "e2e_mean": "mean E2E",
+    "imbalance": "imbalance", "exact": "exact predictions",
+}  # fmt: skip
+
+
+def fleet(values: Values) -> list[list[str]]:
+    """What `bench.fleet` measured on real engines: a row per policy, the best of each column bold."""
+    names = [name for name in _names("main") if f"fleet.all.{name}.cached" in values]
+    rows = [["", *FLEET.values()], *([name] for name in names)]
+    for measure in FLEET:
+        cells = {name: values[f"fleet.all.{name}.{measure}"] for name in names}
+        best = (max if measure in SHARES else min)(cells.values(), default=None)
+        for row in rows[1:]:
+            row.append(_cell(cells[row[0]], measure, True, best))
     return rows
 
 
@@ -114,17 +134,20 @@ def _names(study: str) -> list[str]:
     ]
 
 
+SHARES = {"hit", "cached", "exact"}  # in percent, and the more the better
+
+
 def _best(cells: Mapping[str, float | None], measure: str) -> float | None:
     known = [value for name, value in cells.items() if value is not None and name != "oracle"]
     if not known:
         return None
-    return max(known) if measure == "hit" else min(known)
+    return max(known) if measure in SHARES else min(known)
 
 
 def _cell(value: float | None, measure: str, may_win: bool, best: float | None) -> str:
     if value is None:
         return "-"
-    text = f"{value:.0%}" if measure == "hit" else f"{value:.3g}" if value < 100 else f"{value:.0f}"
+    text = f"{value:.0%}" if measure in SHARES else f"{value:.3g}" if value < 100 else f"{value:.0f}"
     return f"**{text}**" if may_win and value == best else text
 
 
@@ -135,6 +158,7 @@ def _title(case: Scenario) -> str:
         parts += [f"{round(0.75 * case.workers * case.level)} copies"]
     elif case.level != 1:
         parts += [f"load {case.level:g}"]
+    parts += ["short ones pass" if case.model == "passing" else ""]
     parts += [{"speed": "unequal speed", "cache": "unequal caches"}.get(case.mix, "")]
     parts += [f"{case.replicas} routers" if case.replicas != 1 else ""]
     parts += [f"events {case.event_delay_s * 1000:g} ms late" if case.event_delay_s != 0.05 else ""]
@@ -142,7 +166,9 @@ def _title(case: Scenario) -> str:
 
 
 TABLES: dict[str, Callable[[Values], list[list[str]]]] = {
-    "relative": relative,
+    "relative": partial(relative, {"": "LS"}),
+    "relative-by-cache": partial(relative, {"L caches": "L", "S caches": "S"}),
+    "fleet": fleet,
     **{
         f"main-{measure}": partial(by_policy, "main", measure)
         for measure in ("ttft_mean", "ttft_p99", "itl_ms", "hit", "imbalance")
@@ -150,7 +176,7 @@ TABLES: dict[str, Callable[[Values], list[list[str]]]] = {
     **{f"own-{measure}": partial(by_policy, "own", measure) for measure in ("ttft_mean", "ttft_p99", "e2e_mean")},
     **{
         f"{study}-{measure}": partial(by_scenario, study, measure)
-        for study in ("size", "load", "roof", "replicas", "delay")
+        for study in ("size", "load", "roof", "passing", "replicas", "delay")
         for measure in ("ttft_mean", "ttft_p99")
     },
 }

@@ -172,9 +172,8 @@ class Oracle:
             if not each.admitted:
                 tokens += more
                 seconds += more_s
-        running = engine.prefilling
-        if running is not None:
-            left = engine.left_over()
+        for running in engine.prefilling:
+            left = engine.left_over(running)
             tokens += left
             seconds += model.prefill_s(running.request.prompt_tokens - left, left)
         share = math.ceil(tokens / model.batch_tokens) * engine.decode_share()

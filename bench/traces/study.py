@@ -80,6 +80,16 @@ STUDIES: dict[str, Study] = {
         tuple(Scenario(load, model="roof", requests=SOME if load == "agents" else 0) for load in RECORDED),
         FEW,
     ),
+    "passing": Study(
+        "Engines that let short prompts pass long ones",
+        tuple(
+            Scenario(*case, model=model, requests=SOME if case == ("agents",) else 0)
+            for case, model in product(
+                (("conversation",), ("synthetic",), ("agents",), ("agents", 4, COPIES[-1] / 3)), ("lin", "passing")
+            )
+        ),
+        FEW,
+    ),
     "replicas": Study(
         "By the number of routers",
         tuple(

@@ -34,7 +34,7 @@ class Crowd:
     system_tokens: int = 512
     question_tokens: tuple[int, int] = (150, 450)
     answer_tokens: int = 8
-    think_s: float = 4.0
+    think_s: float = 3.0
 
     @property
     def requests(self) -> int:

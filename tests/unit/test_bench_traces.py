@@ -241,6 +241,24 @@ def test_request_waits_until_its_blocks_are_free():
     assert engine.cache.pinned == 0
 
 
+def test_short_prompts_pass_a_long_one_where_the_engine_lets_them():
+    model = EngineModel(prefill_rate=1000.0, least_step_s=0, per_decode_s=0, batch_tokens=100, long_prompt_tokens=60)
+    begun = Segment(None, array("I", range(12)))
+    jobs = [
+        Job(request(0.0, 200, 1, (begun,)), 0, 0.0),  # alone in the first step, which it has for itself
+        Job(request(0.05, 30, 1), 1, 0.05),  # beside 60 tokens of the first
+        Job(request(0.05, 195, 1, (begun,)), 2, 0.05),  # 10 tokens beside those
+    ]
+    engine, published = drive(model, jobs)
+    assert jobs[1].first_token == pytest.approx(0.1 + 0.1)
+    assert jobs[0].first_token == jobs[2].first_token == pytest.approx(0.2 + 0.040 + 0.025)
+    assert engine.prefilling == []
+    # The third finds what the first has computed by then, computes the rest itself, and that is told once.
+    assert jobs[2].cached_blocks == 160 // BLOCK
+    assert engine.prefilled == 200 + 30 + 35
+    assert [sum(span.end - span.start for span in stored) for stored, _ in published] == [6, 4, 2]
+
+
 def test_request_that_can_never_fit_is_an_error():
     with pytest.raises(ValueError, match="does not fit"):
         drive(SLOW, [Job(request(0.0, 5000, 1), 0, 0.0)])
@@ -366,3 +384,22 @@ def test_tables_of_the_page_are_known_and_made_from_figures():
     assert page.filled(made, values) == made
     with pytest.raises(KeyError):
         page.filled("<!-- figures: magic --><!-- end -->", values)
+
+
+def test_relative_figures_are_geometric_means_of_what_was_measured_everywhere():
+    cases = [case.name for case in study.STUDIES["main"].scenarios]
+    values = {f"traces.{case}.dynamo.ttft_mean": 2.0 for case in cases}
+    values |= {f"traces.{case}.default.ttft_mean": (0.5, 2.0)[place % 2] for place, case in enumerate(cases)}
+    values |= {f"traces.{cases[0]}.lmetric.ttft_mean": 1.0}  # in one case of several
+    rows = page.TABLES["relative"](values)
+    assert [row[:2] for row in rows] == [["", "mean TTFT"], ["default", "0.50"], ["dynamo", "1.00"]]
+
+
+def test_figures_of_real_engines_name_the_best_of_each():
+    measures = dict.fromkeys(page.FLEET, 1.0)
+    values = {f"fleet.all.default.{name}": value for name, value in measures.items()}
+    values |= {f"fleet.all.round-robin.{name}": 0.5 for name in measures}
+    head, ours, theirs = page.TABLES["fleet"](values)
+    assert ours[head.index("cached")] == "**100%**"
+    assert theirs[head.index("mean TTFT")] == "**0.5**"
+    assert page.TABLES["fleet"]({}) == [head]
