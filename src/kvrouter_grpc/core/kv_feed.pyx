@@ -1,50 +1,42 @@
 """`KvFeed`: from the bytes of an engine's event messages into the tree, in one pass and without objects in between.
 
     kv_feed.pyx      what events do          kv_batch.pxd    the message around the events
-    orphans.pxd      stores that must wait   kv_event.pxd    one event, both generations
-    cache_group.pxd  groups of a hybrid      kv_fields.pxd   its fields
-    wide.pxd         their larger blocks     extra_keys.pxd  salts, adapters, images
-    stack.pxd        memory used again       kv_tokens.h     token ids, four at a time
-                                             kv_words.pxd    names and their meaning
-                                             msgpack.pxd     bytes to numbers and texts
+    kv_store.pxd     what one stores         kv_event.pxd    one event, both generations
+    orphans.pxd      stores that must wait   kv_fields.pxd   its fields
+    lanes.pxd        where blocks are kept   extra_keys.pxd  salts, adapters, images
+    cache_group.pxd  groups of a hybrid      kv_tokens.h     token ids, four at a time
+    wide.pxd         their larger blocks     kv_words.pxd    names and their meaning
+    stack.pxd        memory used again       msgpack.pxd     bytes to numbers and texts
 """
 
 import os
 
 cimport cython
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_GET_SIZE
-from libc.stdint cimport int32_t, int64_t, uint8_t, uint32_t, uint64_t
+from libc.stdint cimport int32_t, uint8_t, uint32_t, uint64_t
 from libc.string cimport memset
 
-from kvrouter_grpc.core.block_hash cimport LARGEST_BLOCK, chain_hashes, local_hashes, sequence_run
-from kvrouter_grpc.core.cache_group cimport (
-    UNPLACED,
-    CacheGroup,
-    group_init,
-    group_is_judged,
-    group_tell,
-    groups_told,
-    unit_told,
-)
-from kvrouter_grpc.core.edge cimport Edge
-from kvrouter_grpc.core.extra_keys cimport Mark, mark_blocks
-from kvrouter_grpc.core.hash_table cimport table_find, table_prefetch
+from kvrouter_grpc.core.block_hash cimport LARGEST_BLOCK
+from kvrouter_grpc.core.cache_group cimport UNPLACED, CacheGroup, group_is_judged, group_tell, groups_told, unit_told
 from kvrouter_grpc.core.kv_batch cimport NO_BATCH, NO_MEMORY, TOO_MANY_EVENTS, Reading, batch_reset, read_batch
 from kvrouter_grpc.core.kv_event cimport read_event
-from kvrouter_grpc.core.kv_fields cimport MOST_NAMES, Batch, Event
-from kvrouter_grpc.core.kv_words cimport (
-    EVENT_BROKEN,
-    EVENT_CLEARED,
-    EVENT_REMOVED,
-    EVENT_STORED,
-    KV_TIERS,
+from kvrouter_grpc.core.kv_fields cimport Batch, Event
+from kvrouter_grpc.core.kv_store cimport NO_ROOM, STORED, Stored, event_lane, event_names, store_names, store_tokens
+from kvrouter_grpc.core.kv_words cimport EVENT_BROKEN, EVENT_CLEARED, EVENT_REMOVED, EVENT_STORED, KV_TIERS
+from kvrouter_grpc.core.lanes cimport (
+    lanes_forget,
+    lanes_foresee,
+    lanes_free,
+    lanes_grow,
+    lanes_holds,
+    lanes_remove,
+    lanes_slot,
 )
-from kvrouter_grpc.core.memory cimport release, resize
 from kvrouter_grpc.core.msgpack cimport Cursor, Span, cursor_over
 from kvrouter_grpc.core.orphans cimport (
     Orphan,
-    lot_adopt,
     lot_clear,
+    lot_gather,
     lot_init,
     lot_link,
     lot_park,
@@ -55,11 +47,7 @@ from kvrouter_grpc.core.orphans cimport (
     orphan_names,
 )
 from kvrouter_grpc.core.radix_tree cimport RadixTree
-from kvrouter_grpc.core.slot cimport slot_clear, slot_foresee, slot_remove, slot_store
-from kvrouter_grpc.core.stack cimport stack_push
 from kvrouter_grpc.core.target cimport MOST_GROUPS
-from kvrouter_grpc.core.tree cimport DEEPEST, Slot, Tree, edge_depth
-from kvrouter_grpc.core.wide cimport wide_names, wide_remove, wide_store
 
 # By `spec`. What is "other" cannot be judged, what is "nothing" has no part in a prefix.
 KINDS = ("", "prefix", "window", "state", "nothing", "other")
@@ -93,7 +81,7 @@ cdef class KvFeed:
 
     def __dealloc__(self):
         lot_clear(&self.lot)
-        release(&self.lot.meter, self.groups, self.group_count * sizeof(CacheGroup))
+        lanes_free(&self.lanes, &self.lot.meter)
 
     @property
     def orphans(self):
@@ -121,9 +109,10 @@ cdef class KvFeed:
         cdef uint32_t tier
         if index >= MOST_GROUPS or kind not in KINDS or block_size > LARGEST_BLOCK or block_size % tree.block_size:
             raise ValueError(f"group {index} of kind {kind!r} with blocks of {block_size} tokens")
-        self._make_groups(index + 1)
+        if lanes_grow(&self.lanes, &self.lot.meter, index + 1):
+            raise MemoryError
         self.tree = tree
-        group = &self.groups[index]
+        group = &self.lanes.groups[index]
         group.spec = KINDS.index(kind)
         group.window = window
         group.block_size = block_size
@@ -138,8 +127,8 @@ cdef class KvFeed:
         cdef uint32_t i
         cdef CacheGroup* group
         found = []
-        for i in range(self.group_count):
-            group = &self.groups[i]
+        for i in range(self.lanes.group_count):
+            group = &self.lanes.groups[i]
             slots = tuple([None if slot == UNPLACED else slot for slot in group.slots])
             found.append((KINDS[group.spec], group.window, group.block_size, group.width, slots))
         return found
@@ -148,16 +137,14 @@ cdef class KvFeed:
         """Forgets all that the target holds."""
         cdef uint32_t i
         lot_clear(&self.lot)
-        for i in range(self.group_count):
-            self._forget(&self.groups[i])
+        for i in range(self.lanes.group_count):
+            self._forget(i)
 
     def close(self):
         """Ends the feed; its slots are no longer its own."""
         self.closed = True
         lot_clear(&self.lot)
-        release(&self.lot.meter, self.groups, self.group_count * sizeof(CacheGroup))
-        self.groups = NULL
-        self.group_count = 0
+        lanes_free(&self.lanes, &self.lot.meter)
 
     def apply(self, bytes payload not None):
         """Applies one message; see `kv_feed.pyi`."""
@@ -210,18 +197,9 @@ cdef class KvFeed:
         return 0
 
     cdef void _foresee(self, const Event* event) noexcept:
-        # Indices are larger than the processor's caches: what an event looks up first comes while the one before it is
-        # applied, or its own tokens are hashed.
-        cdef const uint64_t* names = <uint64_t*>(batch.names.data + event.names)
-        cdef const Slot* slot
-        if self.tree is None or event.count == 0 or event.group >= self.group_count:
-            return
-        if self.groups[event.group].slots[event.tier] == UNPLACED:
-            return
-        slot = &self.tree.tree.slots[self.groups[event.group].slots[event.tier]]
-        if event.has_parent:
-            table_prefetch(&slot.names, event.parent)
-        slot_foresee(slot, names, event.count)
+        # Its first look-ups come while the event before it is applied, or its own tokens are hashed.
+        if self.tree is not None:
+            lanes_foresee(&self.lanes, &self.tree.tree, event, event_names(event, &batch))
 
     cdef int _apply(self, Event* event, Applied applied) except -1:
         if event.kind == EVENT_STORED:
@@ -242,11 +220,12 @@ cdef class KvFeed:
     cdef int _meet(self) except -1:
         # Makes room for groups that are new, before anything is applied: a model that has several tells of all of them
         # in one message, and then the tree has to count in a unit that divides the blocks of all.
-        cdef uint32_t count = groups_told(&batch, self.group_count)
+        cdef uint32_t count = groups_told(&batch, self.lanes.group_count)
         cdef uint32_t unit
-        if count == self.group_count:
+        if count == self.lanes.group_count:
             return 0
-        self._make_groups(count)
+        if lanes_grow(&self.lanes, &self.lot.meter, count):
+            raise MemoryError
         self.rearranged = True
         if self.tree is None and count > 1:
             unit = unit_told(&batch)
@@ -254,39 +233,22 @@ cdef class KvFeed:
                 self.tree = self.learn(unit, True)
         return 0
 
-    cdef int _make_groups(self, uint32_t count) except -1:
-        # Makes room for this many groups at least.
-        cdef CacheGroup* groups
-        if count <= self.group_count:
-            return 0
-        groups = <CacheGroup*>resize(
-            &self.lot.meter, self.groups, self.group_count * sizeof(CacheGroup), count * sizeof(CacheGroup)
-        )
-        if groups == NULL:
-            raise MemoryError
-        self.groups = groups
-        while self.group_count < count:
-            group_init(&self.groups[self.group_count])
-            self.group_count += 1
-        return 0
-
-    cdef void _forget(self, CacheGroup* group) noexcept:
+    cdef void _forget(self, uint32_t group) noexcept:
         # Drops all that a group holds.
-        cdef int tier
-        for tier in range(KV_TIERS):
-            if group.slots[tier] != UNPLACED:
-                slot_clear(&self.tree.tree, <uint32_t>group.slots[tier])
+        if self.tree is not None:
+            lanes_forget(&self.lanes, &self.tree.tree, group)
 
-    cdef bint _learn(self, CacheGroup* group, uint32_t block_size) except? False:
+    cdef bint _learn(self, uint32_t index, uint32_t block_size) except? False:
         # Whether blocks of this size, new for the group, are indexed.
+        cdef CacheGroup* group = &self.lanes.groups[index]
         cdef RadixTree tree
-        if self.group_count > 1 and block_size < group.block_size:
+        if self.lanes.group_count > 1 and block_size < group.block_size:
             return False  # the tail of a prompt in a part of a block: no hit ends there
-        tree = self.learn(block_size, self.group_count > 1)
+        tree = self.learn(block_size, self.lanes.group_count > 1)
         if tree is None or self.closed or block_size % tree.block_size:
             return False
         self.tree = tree
-        self._forget(group)
+        self._forget(index)
         group.block_size = block_size
         group.width = block_size // tree.block_size
         self.rearranged = True
@@ -296,25 +258,22 @@ cdef class KvFeed:
         cdef int32_t slot = <int32_t>self.tree._slot(self.place(lane // KV_TIERS, lane % KV_TIERS))
         if self.closed:
             raise ValueError("the feed was closed while it asked for a slot")
-        self.groups[lane // KV_TIERS].slots[lane % KV_TIERS] = slot
+        self.lanes.groups[lane // KV_TIERS].slots[lane % KV_TIERS] = slot
         self.rearranged = True
         return 0
-
-    cdef int32_t _slot(self, uint32_t lane) noexcept:
-        return self.groups[lane // KV_TIERS].slots[lane % KV_TIERS]
 
     # --- stores --------------------------------------------------------------------------------------------------
 
     cdef int _stored(self, Event* event) except -1:
-        cdef CacheGroup* group = &self.groups[event.group]
-        cdef uint32_t lane = event.group * KV_TIERS + event.tier
+        cdef CacheGroup* group = &self.lanes.groups[event.group]
+        cdef uint32_t lane = event_lane(event)
         if group_tell(group, event):
-            self._forget(group)  # what it held was to be judged in another way
+            self._forget(event.group)  # what it held was to be judged in another way
             self.rearranged = True
         if not group_is_judged(group):
             return 0
-        if event.block_size != group.block_size and (event.has_tokens or (self.group_count > 1 and event.block_size)):
-            if not self._learn(group, event.block_size):
+        if event.block_size != group.block_size and (event.has_tokens or (self.lanes.group_count > 1 and event.block_size)):
+            if not self._learn(event.group, event.block_size):
                 return 0
         if self.tree is None:
             return 0  # blocks without tokens before any with: there is nothing to name them by
@@ -323,10 +282,10 @@ cdef class KvFeed:
         if not event.has_tokens:
             # The groups of a model tell of a step one after the other, in any order: one that names its blocks by hash
             # alone may have to wait for the one that tells their tokens.
-            event.postponed = self.group_count > 1
+            event.postponed = self.lanes.group_count > 1
             self.postponed |= event.postponed
             return 0 if event.postponed else self._store_known(event)
-        if self._slot(lane) == UNPLACED:
+        if lanes_slot(&self.lanes, lane) == UNPLACED:
             self._place(lane)
         if self._store(event):
             return 0 if self.lot.oldest == NULL else self._adopt(event)
@@ -334,7 +293,7 @@ cdef class KvFeed:
             &self.lot,
             event.parent,
             lane,
-            <uint64_t*>(batch.names.data + event.names),
+            event_names(event, &batch),
             event.count,
             event.raw,
         ):
@@ -354,108 +313,23 @@ cdef class KvFeed:
 
     cdef bint _store(self, const Event* event) except? False:
         # False: nobody knows the parent.
-        cdef uint32_t lane = event.group * KV_TIERS + event.tier
-        cdef uint32_t width = self.groups[event.group].width
-        cdef uint32_t count = event.count * width
-        cdef uint64_t seed = event.seed
-        cdef const uint64_t* parent_seq = NULL
-        cdef const uint32_t* tokens = <uint32_t*>(batch.tokens.data + event.tokens)
-        cdef uint64_t* names = <uint64_t*>(batch.names.data + event.names)
-        cdef uint64_t* seqs
-        cdef uint64_t offset = 0
-        cdef uint32_t block = 0
-        cdef Edge* edge = NULL
-        if event.has_parent:
-            edge = self._find(lane, event.parent, &block)
-            if edge == NULL:
-                return False
-            parent_seq = &edge.run.hashes[edge.start + block]
-            seed = edge.run.seed
-            block += 1
-            if edge_depth(edge) + block + count > DEEPEST:
-                return True  # deeper than any prompt: left out
-        batch.seqs.used = 0
-        seqs = <uint64_t*>stack_push(&batch.seqs, (2 * count if width > 1 else count) * sizeof(uint64_t), &offset)
-        if seqs == NULL:
-            raise MemoryError
-        if event.mark_count == 0:
-            sequence_run(tokens, count, self.tree.block_size, seed, parent_seq, seqs)
-        else:
-            local_hashes(tokens, count, self.tree.block_size, seed, seqs)
-            if mark_blocks(
-                <Mark*>(batch.marks.data + event.marks),
-                event.mark_count,
-                tokens,
-                count,
-                self.tree.block_size,
-                seed,
-                &batch.bytes,
-                seqs,
-            ):
-                raise MemoryError
-            chain_hashes(seqs, count, parent_seq)
-        if width > 1:
-            wide_names(names, seqs, event.count, width, seqs + count)
-            names = seqs + count
-        if slot_store(&self.tree.tree, <uint32_t>self._slot(lane), edge, block, seed, names, seqs, count):
+        cdef Stored stored = store_tokens(&self.lanes, &self.tree.tree, self.tree.block_size, event, &batch)
+        if stored == NO_ROOM:
             raise MemoryError("the index is full")
-        return True
-
-    cdef Edge* _find(self, uint32_t lane, uint64_t name, uint32_t* block) noexcept:
-        # The lane itself is asked first, then all, nearest tier of the first group first.
-        cdef Edge* edge = NULL
-        cdef uint32_t other = lane
-        cdef int32_t slot
-        cdef uint32_t i
-        for i in range(self.group_count * KV_TIERS + 1):
-            slot = self._slot(other)
-            if slot != UNPLACED:
-                edge = self.tree._find(<uint32_t>slot, name, block)
-                if edge != NULL:
-                    break
-            other = i
-        return edge
+        return stored == STORED
 
     cdef int _store_known(self, const Event* event) except -1:
-        # Blocks named by hash alone: an offloaded copy, or those that a group without all blocks of a prompt has kept.
-        # Another lane of the same rank may know what the hashes stand for.
-        cdef uint32_t lane = event.group * KV_TIERS + event.tier
-        cdef uint32_t width = self.groups[event.group].width
-        cdef const uint64_t* names = <uint64_t*>(batch.names.data + event.names)
-        cdef uint32_t block = 0
-        cdef Edge* edge
-        cdef uint32_t i
-        if event.count != 0 and self._slot(lane) == UNPLACED:
-            self._place(lane)
-        if width == 0:
-            width = 1
-        if <uint64_t>event.count * width > MOST_NAMES:
-            return 0
-        for i in range(event.count):
-            edge = self._find(lane, names[i], &block)
-            if edge != NULL and wide_store(
-                &self.tree.tree, <uint32_t>self._slot(lane), edge, block, width, names[i], &batch.seqs
-            ):
-                raise MemoryError("the index is full")
+        if event.count != 0 and lanes_slot(&self.lanes, event_lane(event)) == UNPLACED:
+            self._place(event_lane(event))
+        if store_names(&self.lanes, &self.tree.tree, event, &batch) == NO_ROOM:
+            raise MemoryError("the index is full")
         return 0
 
     # --- orphans -------------------------------------------------------------------------------------------------
 
-    cdef Orphan* _gather(self, const uint64_t* names, uint32_t count, Orphan* pending) noexcept:
-        # Takes out what continues from these blocks, in front of what is pending already.
-        cdef Orphan* orphan
-        cdef uint32_t i
-        for i in range(count):
-            orphan = lot_adopt(&self.lot, names[i])
-            while orphan != NULL:
-                orphan.next = pending
-                pending = orphan
-                orphan = lot_adopt(&self.lot, names[i])
-        return pending
-
     cdef int _adopt(self, Event* event) except -1:
         # Stores all that waited for the blocks of `event`, and what waited for those.
-        cdef Orphan* pending = self._gather(<uint64_t*>(batch.names.data + event.names), event.count, NULL)
+        cdef Orphan* pending = lot_gather(&self.lot, event_names(event, &batch), event.count, NULL)
         cdef Orphan* orphan
         cdef bint stored
         try:
@@ -464,7 +338,7 @@ cdef class KvFeed:
                 orphan = pending
                 pending = orphan.next
                 if stored:
-                    pending = self._gather(orphan_names(orphan), orphan.count, pending)
+                    pending = lot_gather(&self.lot, orphan_names(orphan), orphan.count, pending)
                     orphan_free(&self.lot, orphan)
                 elif lot_link(&self.lot, orphan):
                     orphan_free(&self.lot, orphan)
@@ -487,7 +361,7 @@ cdef class KvFeed:
         read_event(&cursor, &batch, &event)
         if event.kind == EVENT_BROKEN:
             raise MemoryError  # it was readable when it was parked
-        group = &self.groups[event.group]
+        group = &self.lanes.groups[event.group]
         # The group may be known to be another one by now: then its old blocks are void.
         stored = event.block_size != group.block_size or not group_is_judged(group)
         if not stored:
@@ -506,36 +380,22 @@ cdef class KvFeed:
     # --- removals ------------------------------------------------------------------------------------------------
 
     cdef int _removed(self, Event* event) except -1:
-        cdef uint64_t* names = <uint64_t*>(batch.names.data + event.names)
-        cdef uint32_t lane = event.group * KV_TIERS + event.tier
-        cdef int32_t slot
+        cdef uint64_t* names = event_names(event, &batch)
+        cdef uint32_t lane = event_lane(event)
         cdef uint32_t count = 0
         cdef uint32_t i
-        if self.tree is None or event.group >= self.group_count:
+        if self.tree is None or event.group >= self.lanes.group_count:
             return 0
         if self.lot.oldest == NULL:
             return self._remove(lane, names, event.count)
         # What the slot does not hold may be waiting to be stored.
-        slot = self._slot(lane)
         for i in range(event.count):
-            if (
-                slot != UNPLACED and table_find(&self.tree.tree.slots[slot].names, names[i]) != NULL
-            ) or not lot_remove(&self.lot, lane, names[i]):
+            if lanes_holds(&self.lanes, &self.tree.tree, lane, names[i]) or not lot_remove(&self.lot, lane, names[i]):
                 names[count] = names[i]
                 count += 1
         return self._remove(lane, names, count)
 
     cdef int _remove(self, uint32_t lane, const uint64_t* names, uint32_t count) except -1:
-        cdef int32_t slot = self._slot(lane)
-        cdef uint32_t width = self.groups[lane // KV_TIERS].width
-        cdef Tree* tree
-        if slot == UNPLACED or count == 0:
-            return 0
-        tree = &self.tree.tree
-        if (
-            wide_remove(tree, <uint32_t>slot, width, names, count, &batch.seqs) < 0
-            if width > 1
-            else slot_remove(tree, <uint32_t>slot, names, count) < 0
-        ):
+        if lanes_remove(&self.lanes, &self.tree.tree, lane, names, count, &batch.seqs):
             raise MemoryError("the index is full")
         return 0

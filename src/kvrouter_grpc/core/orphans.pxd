@@ -232,3 +232,16 @@ cdef inline void lot_clear(Lot* lot) noexcept nogil:
     lot.lanes = 0
     lot.oldest = lot.newest = NULL
     lot.blocks = lot.bytes = 0
+
+
+cdef inline Orphan* lot_gather(Lot* lot, const uint64_t* names, uint32_t count, Orphan* pending) noexcept nogil:
+    """Takes out what continues from these blocks, in front of what is pending already."""
+    cdef Orphan* orphan
+    cdef uint32_t i
+    for i in range(count):
+        orphan = lot_adopt(lot, names[i])
+        while orphan != NULL:
+            orphan.next = pending
+            pending = orphan
+            orphan = lot_adopt(lot, names[i])
+    return pending

@@ -176,7 +176,7 @@ class Router:
         Raises:
             DuplicateRequestError: The id is in use.
         """
-        self.check_free(request.request_id)
+        self.loads.check_free(request.request_id)
         plan = self._plans.of(request)
         decision = self._decision(self._decide(request, plan, booked=True), request.prompt)
         seqs = self._decider.sequence()
@@ -191,15 +191,16 @@ class Router:
 
     def _decide(self, request: RoutingRequest, plan: Plan, *, remember: bool = True, booked: bool = False) -> Choice:
         self.loads.expire()
-        prompt, hints, explain = request.prompt, request.hints, request.explain
+        hints, explain = request.hints, request.explain
+        tokens, lora_name, cache_salt, mm_hashes = request.prompt
         shortlist = self._filter.shortlist(request, explained=explain or (remember and self.log is not None))
         return self._decider.decide(
-            prompt.tokens,
-            seed_for(prompt.lora_name, prompt.cache_salt),
+            tokens,
+            seed_for(lora_name, cache_salt),
             shortlist,
             plan.policy,
             request.request_id,
-            mm_hashes=prompt.mm_hashes,
+            mm_hashes=mm_hashes,
             output_tokens=hints.expected_output_tokens or 0,
             session=session_of(hints) if hints.session_id else None,
             explain=explain,
