@@ -76,8 +76,9 @@ def held_blocks(row: Row, ask: Ask, weights: Weights) -> float:
 
 
 def new_work(row: Row, ask: Ask, weights: Weights) -> float:
-    """Tokens of the prompt that must be computed there, as far as the index is to be trusted."""
-    return ask.prompt_tokens - held_blocks(row, ask, weights) * ask.block_size
+    """Tokens of the prompt that must be computed there, as far as the index is to be trusted, and what is cached counts."""
+    worth = min(1.0, weights.overlap_score_credit)
+    return ask.prompt_tokens - worth * held_blocks(row, ask, weights) * ask.block_size
 
 
 def new_tokens(row: Row, ask: Ask, weights: Weights, *, own: bool) -> int:

@@ -8,6 +8,7 @@ import pytest
 from kvrouter_grpc.config import Config, RouterConfig, load
 from kvrouter_grpc.config.pending import PendingRouterConfig
 from kvrouter_grpc.config.settings import SETTINGS
+from kvrouter_grpc.config.source import FlagValue
 
 ENDPOINT = {"--endpoint": ["dynamo.prefill.generate"]}
 
@@ -244,7 +245,34 @@ def test_overlap_weight_sets_the_prefill_scale() -> None:
     assert (config.router.prefill_load_scale, config.router.kv_overlap_score_credit) == (2.5, 1.0)
     assert config.warnings == (
         "flag --router-kv-overlap-score-weight is deprecated: write --router-prefill-load-scale 2.5.",
+        "flag --router-kv-overlap-score-weight: no effect without --router-cost dynamo.",
     )
+    config = load({**ENDPOINT, "--router-kv-overlap-score-weight": "2.5", "--router-cost": "dynamo"}, {})
+    assert len(config.warnings) == 1
+
+
+@pytest.mark.parametrize(
+    ("flags", "idle"),
+    [
+        ({"--router-prefill-load-scale": "2"}, "--router-cost dynamo"),
+        ({"--router-prefill-load-scale": "1"}, ""),  # the default
+        ({"--router-kv-overlap-score-credit-decay": "1"}, "--router-cost dynamo"),
+        ({"--router-decode-active-request-weight": "1"}, "--router-cost dynamo"),
+        ({"--router-new-work-weight": "1"}, ""),
+        ({"--router-new-work-weight": "1", "--router-cost": "dynamo"}, "--router-cost default"),
+        ({"--router-request-weight": "1", "--router-cost": "lmetric"}, "--router-cost default"),
+        (
+            {"--router-prefill-load-scale": "2", "--endpoint-policy": ["endpoint=dynamo.prefill.generate,cost=dynamo"]},
+            "",
+        ),
+        ({"--shared-cache-multiplier": "0.5"}, "--shared-cache-type events"),
+        ({"--shared-cache-multiplier": "0.5", "--shared-cache-type": "hicache"}, ""),
+        ({"--router-kv-overlap-score-credit": "0"}, ""),
+    ],
+)
+def test_settings_of_choices_that_were_not_made_are_named(flags: dict[str, FlagValue], idle: str) -> None:
+    warnings = load({**ENDPOINT, **flags}, {}).warnings
+    assert warnings == ((f"flag {next(iter(flags))}: no effect without {idle}.",) if idle else ())
 
 
 def test_overlap_weight_of_none_changes_nothing() -> None:

@@ -61,6 +61,26 @@ def test_default_cost_by_hand(given_row, weights, expected):
     assert terms == pytest.approx((*expected[:2], max(0, expected[2] - least), *expected[3:]))
 
 
+@pytest.mark.parametrize(
+    ("credit", "expected"),
+    [
+        (0.0, [(100, 0), (100, 0), (100, 0)]),  # by load alone
+        (0.5, [(68, 0), (84, 48), (60, -24)]),  # a cached block saves half of what it would
+        (1.0, [(36, 0), (68, 96), (20, -48)]),
+        (3.0, [(36, 0), (68, 96), (20, -48)]),  # and none more than itself
+    ],
+)
+def test_what_is_cached_counts_as_much_as_was_asked(credit, expected):
+    rows = [row(4), row(2), row(4, in_flight=5)]
+    for name in ("default", "lmetric"):
+        terms = score(name, rows, ASK, overlap_score_credit=credit)
+        assert [each[1 if name == "default" else 0] for each in terms] == [new for new, _ in expected]
+    least = min(copied for _, copied in expected)
+    assert [each[2] for each in score("default", rows, ASK, overlap_score_credit=credit)] == [
+        copied - least for _, copied in expected
+    ]
+
+
 def test_default_cost_of_the_row_that_has_most_has_no_replication():
     rows = [row(4), row(2), row()]
     assert [terms[2] for terms in score("default", rows, ASK)] == [0, 96, 192]

@@ -130,9 +130,6 @@ class _Draft:
                     f"{setting.key}={_written(value)} ({self.origins[path]}): accepted for compatibility, "
                     "no effect in this version."
                 )
-        multiplier = "router.shared_cache_multiplier"
-        if self.values.get(multiplier) is not None and self.values.get("router.shared_cache_type", "none") == "none":
-            self.warnings.append(f"{self.origins[multiplier]}: no effect without --shared-cache-type events.")
         top: dict[str, Any] = {
             "endpoints": self._endpoints(),
             "workers_file": self.values.get("workers_file"),
@@ -144,11 +141,19 @@ class _Draft:
         for name, model in SECTIONS.items():
             self._note_contradictions(f"{name}.", model.model_construct(**sections[name]))
         router = RouterConfig.model_construct(**sections["router"])
+        self._note_idle(router)
         self._note_contradictions("", Config.model_construct(**top, router=router))
         if self.faults:
             raise ConfigError(list(dict.fromkeys(self.faults)))
         top |= {name: model(**sections[name]) for name, model in SECTIONS.items()}
         return Config(**top, warnings=tuple(dict.fromkeys(self.warnings)), origins=self.origins)
+
+    def _note_idle(self, router: RouterConfig) -> None:
+        """Warn of what belongs to choices that were not made."""
+        by_endpoint = {name for policy in self.values.get("endpoint_policies", ()) for name in policy.settings}
+        for field, needed, choice in router.idle():
+            if (path := f"router.{field}") in self.values and needed not in by_endpoint:
+                self.warnings.append(f"{self.origins[path]}: no effect without {choice}.")
 
     def _values_of(self, section: str) -> dict[str, Any]:
         prefix = f"{section}."

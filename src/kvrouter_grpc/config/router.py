@@ -28,6 +28,12 @@ PREDICT_AHEAD_S = 2.0
 SHARED_CACHE_MULTIPLIER = 0.5
 """Worth of a block in shared storage unless `shared_cache_multiplier` says another."""
 
+_OF_COST = {
+    "default": ("new_work_weight", "request_weight"),
+    "dynamo": ("prefill_load_scale", "kv_overlap_score_credit_decay", "decode_active_request_weight"),
+}
+"""Settings that only one cost has."""
+
 METADATA_KEY = r"^[a-z0-9_.-]{1,64}$"
 OWN = Names(dynamo=False)  # settings which Dynamo does not have
 Mode = Annotated[
@@ -182,7 +188,11 @@ class RouterConfig(PendingRouterConfig):
     )
     prune_target_ratio: float = setting(0.8, "Part of max-tree-size that is left then.", gt=0, le=1)
     kv_overlap_score_credit: float = setting(
-        1.0, "Cost dynamo: blocks taken off the prefill term per block cached on the device.", ge=0, le=1000
+        1.0,
+        "Cost dynamo: blocks taken off the prefill term per block cached on the device. Costs default and lmetric: the "
+        "part of a cached block, up to 1, that need not be computed; 0 decides by load alone.",
+        ge=0,
+        le=1000,
     )
     kv_overlap_score_credit_decay: float = setting(
         0.0,
@@ -383,6 +393,16 @@ class RouterConfig(PendingRouterConfig):
     def local_prefill(self) -> LocalPrefill | None:
         """The condition under which a prompt is computed where it is decoded; None for never by choice."""
         return read_local_prefill(self.conditional_disagg_config or "{}") if self.conditional_disagg else None
+
+    def idle(self) -> Iterator[tuple[str, str, str]]:
+        """Settings without effect for want of another: (field, the other one, and what to write of it)."""
+        if self.shared_cache_multiplier is not None and not self.shares_cache:
+            yield "shared_cache_multiplier", "shared_cache_type", "--shared-cache-type events"
+        for cost, fields in _OF_COST.items():
+            for field in fields if cost != self.cost else ():
+                # A scale and a credit of 0 ask to decide by load alone: with a credit of 0 every cost does that.
+                if getattr(self, field) != RouterConfig.model_fields[field].default and self.kv_overlap_score_credit:
+                    yield field, "cost", f"--router-cost {cost}"
 
     def contradictions(self) -> Iterator[Contradiction]:
         """Check that the index is not both served and borrowed."""

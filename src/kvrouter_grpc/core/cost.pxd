@@ -30,6 +30,7 @@ cdef struct Weights:
     double new_work_weight
     double request_weight
     double overlap_score_credit
+    double held_worth  # the same for this router's formulas: no block saves more than itself
     double overlap_score_credit_decay
     double prefill_load_scale
     double decode_active_request_weight
@@ -110,8 +111,9 @@ cdef inline double held_blocks(
 cdef inline double new_work(
     const Target* target, const Overlap* overlap, const Ask* ask, const Weights* weights
 ) noexcept nogil:
-    """Tokens of the prompt that must be computed there, as far as the index is to be trusted."""
-    return <double>ask.tokens - held_blocks(overlap, target.freshness, ask, weights) * <double>ask.block_size
+    """Tokens of the prompt that must be computed there, as far as the index is to be trusted and the caller wants it to."""
+    cdef double held = weights.held_worth * held_blocks(overlap, target.freshness, ask, weights)
+    return <double>ask.tokens - held * <double>ask.block_size
 
 
 cdef inline int64_t new_tokens(const Overlap* overlap, const Ask* ask, const Weights* weights) noexcept nogil:

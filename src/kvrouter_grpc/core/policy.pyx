@@ -58,6 +58,7 @@ cdef class Policy:
         self.weights.new_work_weight = weights.new_work_weight
         self.weights.request_weight = weights.request_weight
         self.weights.overlap_score_credit = weights.overlap_score_credit
+        self.weights.held_worth = min(1.0, weights.overlap_score_credit)
         self.weights.overlap_score_credit_decay = weights.overlap_score_credit_decay
         self.weights.prefill_load_scale = weights.prefill_load_scale
         self.weights.decode_active_request_weight = weights.decode_active_request_weight

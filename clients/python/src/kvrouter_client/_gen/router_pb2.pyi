@@ -542,9 +542,11 @@ class RouterConfigOverride(_message.Message):
     OVERLAP_SCORE_WEIGHT_FIELD_NUMBER: _builtins.int
     COST_FIELD_NUMBER: _builtins.int
     overlap_score_credit: _builtins.float
-    """Credit per block cached in device memory, >= 0."""
+    """Credit per block cached in device memory, >= 0. With the costs `default` and `lmetric` the part of a cached block, up to
+    1, that need not be computed. 0 decides by load alone.
+    """
     prefill_load_scale: _builtins.float
-    """Weight of the prefill term, >= 0."""
+    """Weight of the prefill term of the cost `dynamo`, >= 0."""
     router_temperature: _builtins.float
     """Softmax temperature over the costs, >= 0; 0 takes the lowest."""
     assume_kv_reuse: _builtins.bool
