@@ -207,6 +207,16 @@ def test_multimodal_content_and_seed_are_part_of_the_prompt():
     assert ask(field.tokens, SEED + 1, *asked).tiers[0] == 0
 
 
+def test_blocks_in_flight_count_in_whole_cuts_where_the_groups_of_a_model_ask_for_them():
+    """A hybrid engine uses prefixes of whole blocks of its largest group: what is in flight behind the last is no help."""
+    field = Field([Made((1, 0, 0, 0), in_flight=7), Made((1, 0, 0, 0), in_flight=7)], range(9 * SIZE + 1))
+    slots = (0, None, None, None)
+    field.table.set_groups(field.rows[0], ((0, slots),), 4)
+    seen = field.decide(explain=True).recording.candidates()
+    assert [each.in_flight for each in seen] == [4, 7]
+    assert [each.cached_tokens for each in seen] == [4 * SIZE, 7 * SIZE]
+
+
 def test_the_decider_follows_rows_and_slots_that_come_and_go():
     field = Field([Made((2, 0, 0, 0), in_flight=1), Made((3, 1, 0, 0))], range(20))
     for number in range(100):

@@ -238,6 +238,8 @@ cdef class Decider:
             target = &table.rows[row]
             groups = table.ledgers[row].groups if target.grouped else NULL
             self.overlaps[i].in_flight = self.in_flight[row]
+            if groups != NULL:  # its engine uses nothing behind the last cut that all of them allow
+                self.overlaps[i].in_flight -= self.in_flight[row] % groups.step
             overlap_of(target, groups, found, <uint32_t>question.ask.usable_blocks, &self.overlaps[i])
         question.targets = table.rows
         question.overlaps = self.overlaps
