@@ -108,7 +108,7 @@ SCHEDULES = {
         row(lambda s: s.replay(0), [APPLY, APPLY], [0], LIVE),
         row(lambda s: s.live(9), [GAP], [0], SYNCING, wants=True),
         row(lambda s: s.replay(7, 8, 9), [HOLD, HOLD, DUPLICATE, GAP], [0], SYNCING, wants=True),
-        row(lambda s: s.replay(7, 8, 9), [DUPLICATE, DUPLICATE, DUPLICATE, APPLY], [0, 7, 8, 9], STALE),
+        row(lambda s: s.replay(7, 8, 9), [APPLY, DUPLICATE, DUPLICATE, APPLY], [0, 7, 8, 9], STALE),
     ],
     "a restart seen on the live socket": [
         row(lambda s: s.tracker.connected(), None, [], SYNCING, wants=True),

@@ -34,6 +34,11 @@ class Answer:
         return self.first is None or self.first > self.asked_at
 
     @property
+    def rolled_again(self) -> bool:
+        """Whether this one shows, from its beginning, what the one before it showed: that the ring has rolled."""
+        return self.first is not None and self.begins_late and self._rolled + 1 >= ROLLED_ANSWERS
+
+    @property
     def vain(self) -> bool:
         """Whether asking again is of no use: the answers bring nothing new."""
         return self._vain >= self._max_attempts

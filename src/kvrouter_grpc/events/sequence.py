@@ -294,9 +294,15 @@ class StreamTracker:
             return Verdict.DUPLICATE
         if self.intake.is_echo(seq, payload, self._answers):
             return Verdict.DUPLICATE
-        if not self.intake.held.add(seq, payload, keep=seq == self.intake.next_seq):
-            return Verdict.DUPLICATE
-        return Verdict.APPLY if self.intake.ready else Verdict.HOLD
+        news = self.intake.held.add(seq, payload, keep=seq == self.intake.next_seq)
+        doubtful = self._proof.doubted or self._repair.asked
+        if self._answer.first == seq and self.intake.hole and self._answer.rolled_again and not doubtful:
+            # To wait for its end would cost the time of a whole ring.
+            self._repair.possible = False
+            self._give_up(whole_answer=False)
+        if self.intake.ready:
+            return Verdict.APPLY
+        return Verdict.HOLD if news else Verdict.DUPLICATE
 
     def replay_ended(self) -> Verdict:
         """The answer's end marker arrived.
