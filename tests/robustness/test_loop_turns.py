@@ -130,7 +130,7 @@ async def pictures_begun_anew(app: App, _: FaultProxy) -> None:
     target = Target(worker.worker_id, 0)
     for _ in range(3):
         seen = router.index.stream(target).batches
-        router.engine_restarted(target)
+        router.index.clear(target)
         await asyncio.sleep(SECONDS / 3)
         assert router.index.stream(target).batches > seen
 
