@@ -10,7 +10,7 @@ import aiohttp
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from integration.stack import ENDPOINT, FAST, Stack, admin_pb2, router_pb2, running, until
+from integration.stack import DEADLINE_S, ENDPOINT, FAST, Stack, admin_pb2, router_pb2, running, until
 from kvrouter_grpc.mock_worker import MockWorker, MockWorkerConfig
 from kvrouter_grpc.routing.router import Router
 from kvrouter_grpc.routing.workers import worker_id_of
@@ -42,6 +42,9 @@ async def pools(
     ) as stack:
         for name in names:
             await until(lambda name=name: state(stack, name) == "ready", f"{name} is ready")
+        async with asyncio.timeout(DEADLINE_S):  # it also waits until the workers' events have told what is cached
+            while not (await stack.admin.ListWorkers(admin_pb2.ListWorkersRequest())).ready:  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
         yield stack
 
 
