@@ -12,7 +12,8 @@ try:
     from kvrouter_grpc.core.reply_wire import answer_reply, best_worker_head, best_worker_reply, delimited
     from kvrouter_grpc.core.request_wire import entries, read_plain, split
     from kvrouter_grpc.core.shortlist import Shortlist
-    from kvrouter_grpc.core.snapshot import read_slot, write_slot
+    from kvrouter_grpc.core.slot_reader import read_slot
+    from kvrouter_grpc.core.slot_writer import write_slot
     from kvrouter_grpc.core.target_table import TargetTable
     from kvrouter_grpc.core.token_ids import TokenIds, json_array
 except ModuleNotFoundError as error:

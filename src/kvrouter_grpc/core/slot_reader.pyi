@@ -1,15 +1,5 @@
 from kvrouter_grpc.core.radix_tree import RadixTree
 
-def write_slot(tree: RadixTree, slot: int) -> bytes:
-    """What a slot holds, as bytes: engine hashes, how often each was stored, and the blocks they name.
-
-    About 16 bytes and 10 ns per block, in one piece: nothing can change meanwhile.
-
-    Raises:
-        KeyError: The slot is not in use.
-        MemoryError: There was none, or the slot needs more than 2**28 blocks.
-    """
-
 def read_slot(tree: RadixTree, slot: int, data: bytes) -> None:
     """Put back what `write_slot` wrote into an empty slot, of this tree or of another one.
 
