@@ -87,6 +87,8 @@ and only builds with its draft API can be told to read more. At `1x1` it wakes u
 
 {table("BestWorkerId while 64 workers publish as fast as they can, p99 ms", "stream", "p99_ms", ["calm", "storm"])}
 
+![CPUs and latency by rate of events](img/performance-events.svg)
+
 {table("memory per (worker, block), bytes", "memory", "bytes", ["per_block"])}
 
 ## Warm starts
@@ -100,8 +102,6 @@ and only builds with its draft API can be told to read more. At `1x1` it wakes u
 {table("its longest stretch on the event loop, CPU ms", "snapshot", "stall_ms", ["64_workers"])}
 
 {table("a decision of 8,192 tokens meanwhile, p99 ms", "snapshot", "p99_ms", ["calm", "writing"])}
-
-![CPUs and latency by rate of events](img/performance-events.svg)
 
 ## Over gRPC
 
