@@ -213,7 +213,7 @@ class StreamMachine(RuleBasedStateMachine):
     def resync(self) -> None:
         """The picture foretold wrongly, whatever the numbers say."""
         restarts = self.tracker.restarts
-        self.after(self.tracker.resync())
+        self.tracker.resync()
         assert self.tracker.restarts == restarts
 
     # --- judgement ------------------------------------------------------------------------------------------------

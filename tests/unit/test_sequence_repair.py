@@ -60,42 +60,42 @@ def test_a_restart_reported_after_it_was_noticed_counts_once() -> None:
     assert synced().tracker.restarted() is DUPLICATE
 
 
-def test_a_picture_begun_anew_takes_what_the_ring_still_has() -> None:
+def test_a_picture_that_foretold_wrongly_is_taken_again() -> None:
     stream = synced()
     stream.live(0, 1, 2)
-    assert stream.drain(stream.tracker.resync()) is RESTART
-    assert (stream.tracker.intake.coverage.taken, stream.state) == (0, SYNCING)
+    stream.tracker.resync()
+    assert (stream.taken, stream.state) == ([0, 1, 2], STALE)
+    assert "foretold wrongly" in stream.tracker.detail
     stream.live(3)
     stream.replay(0, 1, 2, 3)
-    assert (stream.asked, stream.taken) == (0, [0, 1, 2, "|", 0, 1, 2, 3])
-    assert (stream.state, stream.tracker.restarts, stream.tracker.intake.coverage.partial) == (LIVE, 0, False)
-    assert (
-        stream.tracker.intake.coverage.taken,
-        stream.tracker.intake.coverage.lost,
-        stream.tracker.intake.behind,
-    ) == (4, 0, 0)
+    assert (stream.asked, stream.taken) == (0, [0, 1, 2, 3, "|", 0, 1, 2, 3])
+    coverage = stream.tracker.intake.coverage
+    assert (stream.state, stream.tracker.restarts, coverage.taken, coverage.lost) == (LIVE, 0, 4, 0)
+    assert not coverage.partial
 
 
-def test_a_picture_begun_anew_from_a_ring_that_has_rolled_is_partial() -> None:
+def test_a_picture_that_foretold_wrongly_is_kept_in_doubt_when_the_ring_has_rolled() -> None:
     stream = synced()
     stream.live(0, 1, 2)
-    stream.drain(stream.tracker.resync())
-    stream.replay(1, 2)
-    assert stream.taken[3:] == ["|", 1, 2]
-    assert (stream.state, stream.tracker.intake.coverage.partial, stream.tracker.intake.coverage.missed) == (
-        LIVE,
-        True,
-        0,
-    )
+    stream.tracker.resync()
+    while stream.tracker.repairable:
+        stream.tracker.audit()
+        stream.replay(1, 2)
+    assert (stream.taken, stream.state) == ([0, 1, 2], STALE)
+    stream.tracker.intake.renewed()
+    assert (stream.state, stream.tracker.intake.coverage.partial) == (LIVE, True)
 
 
-def test_a_picture_begun_anew_without_a_replay_port_goes_on_with_what_comes() -> None:
+def test_a_picture_that_foretold_wrongly_without_a_replay_port_is_kept_in_doubt() -> None:
     stream = connected(replay=False)
+    stream.tracker.resync()
     stream.live(0, 1)
-    assert stream.drain(stream.tracker.resync()) is RESTART
+    assert stream.state is LIVE, "there was nothing to doubt"
+    stream.tracker.resync()
     stream.live(2)
-    assert (stream.taken, stream.state, stream.tracker.intake.coverage.partial) == ([0, 1, "|", 2], LIVE, True)
-    assert connected().tracker.resync() is DUPLICATE
+    assert (stream.taken, stream.state, stream.tracker.wants_replay) == ([0, 1, 2], STALE, False)
+    stream.tracker.intake.renewed()
+    assert stream.state is LIVE
 
 
 def test_how_far_it_is_behind_and_in_doubt() -> None:

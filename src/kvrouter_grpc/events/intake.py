@@ -68,7 +68,7 @@ class Intake:
     @property
     def faulty(self) -> bool:
         """Whether the picture may hold blocks that are gone."""
-        return self.coverage.lost > 0 or self.proof.unverified
+        return self.coverage.lost > 0 or self.coverage.suspected or self.proof.unverified
 
     def take(self) -> tuple[int, bytes] | None:
         """The next batch in order, number and payload; None when it is not here."""

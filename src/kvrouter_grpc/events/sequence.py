@@ -127,6 +127,8 @@ class StreamTracker:
             )
         if self._proof.unverified:
             return "reconnected, and no replay has shown what was missed"
+        if self.intake.coverage.suspected:
+            return "it foretold wrongly: what it holds counts as cached until it is replaced"
         if self.intake.coverage.partial:
             return "blocks cached by batches that were not received are unknown"
         return ""
@@ -180,18 +182,15 @@ class StreamTracker:
         self.restarts -= self._restart_seen  # most likely the same one: it counts once
         return self._restart()
 
-    def resync(self) -> Verdict:
-        """The picture is wrong although no batch is known to be lost: begin it anew with what the publisher still has.
+    def resync(self) -> None:
+        """The picture is wrong although no batch is known to be lost.
 
-        Returns:
-            RESTART, or DUPLICATE when there is nothing to forget.
+        It is treated as if some were: doubted, and taken again if the whole history can be had. To forget it for what a
+        ring that has rolled still holds would hide more than it mends.
         """
-        if not self.intake.next_seq:
-            return Verdict.DUPLICATE
-        restarts, seen = self.restarts, self._restart_seen
-        verdict = self._restart()
-        self.restarts, self._restart_seen = restarts, seen
-        return verdict
+        if self.intake.coverage.taken:
+            self.intake.coverage.suspect()
+            self.audit()
 
     # --- live batches ---------------------------------------------------------------------------------------------
 

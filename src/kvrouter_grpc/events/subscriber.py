@@ -109,7 +109,7 @@ class Subscriber:
         self._call()
 
     def resync(self) -> None:
-        """The picture foretells wrongly: forget it, and take again what the publisher still has."""
+        """The picture foretells wrongly: doubt it, and take it again if the publisher still has all of it."""
         self._resync_asked = True
         self._call()
 
@@ -151,7 +151,8 @@ class Subscriber:
             if self._resync_asked:
                 self._resync_asked = False
                 self._status.resyncs += 1
-                self._heed(self._tracker.resync())
+                self._tracker.resync()
+                self._doubt(now)
             if now >= self._unreached_at:
                 self._unreached_at = math.inf
                 if self._tracker.unreached and self._fault is None:

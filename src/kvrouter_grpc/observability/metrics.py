@@ -65,7 +65,7 @@ _COUNTERS: Mapping[str, str] = {
     "event_decode_failures": "Event batches that could not be read.",
     "events_skipped": "Events of unknown kind or broken shape.",
     "engine_restarts": "Restarts of the engine seen.",
-    "resyncs": "Times the picture of the cache was begun anew because it had foretold wrongly.",
+    "resyncs": "Times the picture of the cache was doubted and fetched again because it had foretold wrongly.",
     "hits_exact": "Finished requests whose cached tokens were foretold.",
     "hits_over": "Finished requests of which the engine found less than foretold.",
     "hits_under": "Finished requests of which the engine found more than foretold.",

@@ -64,7 +64,7 @@ class Feedback:
         self._foreign.fade(self._decider.usual_new_tokens, now)
 
     def resync_due(self, target: Target) -> bool:
-        """Whether the picture of `target` foretells so badly that it should be begun anew, now; says yes once."""
+        """Whether the picture of `target` foretells so badly that it should be fetched again, now; says yes once."""
         hits = self._index.hits(target)
         return hits is not None and hits.resync_due(self._loads.clock())
 

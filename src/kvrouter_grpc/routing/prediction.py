@@ -201,7 +201,7 @@ class HitPrediction:
         self._metrics = _Metrics()
 
     def resync_due(self, now: float) -> bool:
-        """Whether the picture should be begun anew. When it says yes, it takes that to be done."""
+        """Whether the picture should be fetched again. When it says yes, it takes that to be done."""
         if not self.drifting or now < self._resync_at:
             return False
         self._resync_at = now + self._resync_gap

@@ -165,7 +165,7 @@ class StreamStatus:
     missed: int = 0  # messages that were lost and not recovered
     replays: int = 0  # replays asked for
     restarts: int = 0  # times the engine was seen to have restarted
-    resyncs: int = 0  # times the picture was begun anew because it had foretold wrongly
+    resyncs: int = 0  # times the picture was doubted and its history asked for because it had foretold wrongly
     decode_failures: int = 0  # messages that could not be read
     skipped: int = 0  # events of unknown kind or broken shape
     partial: bool = False  # the start of the stream is unknown: blocks cached before it are not seen

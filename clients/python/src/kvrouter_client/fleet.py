@@ -194,7 +194,7 @@ class StreamStatus:
     freshness_parts: FreshnessParts
     lost: int  # messages lost from the present picture
     behind: int  # messages published and not applied yet
-    resyncs: int  # times the picture was begun anew because it had foretold wrongly
+    resyncs: int  # times the picture was doubted and fetched again because it had foretold wrongly
     hits: HitPrediction
     orphans_adopted: int  # blocks whose parent appeared after them
     orphans_dropped: int  # blocks given up because too many waited

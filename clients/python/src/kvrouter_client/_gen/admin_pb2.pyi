@@ -183,7 +183,7 @@ class StreamStatus(_message.Message):
     behind: _builtins.int
     """Messages known to be published and not applied yet."""
     resyncs: _builtins.int
-    """Times the picture was begun anew because it had foretold wrongly."""
+    """Times the picture was doubted and its history fetched again because it had foretold wrongly."""
     orphans_adopted: _builtins.int
     """Blocks whose parent appeared after them."""
     orphans_dropped: _builtins.int
