@@ -1,6 +1,6 @@
 """The stream tracker where a process restarts, a picture is begun anew, or what was given up is made good."""
 
-from unit.tracked_stream import APPLY, DUPLICATE, GAP, LIVE, RESTART, STALE, SYNCING, connected, synced, way
+from unit.tracked_stream import APPLY, DUPLICATE, GAP, LIVE, RESTART, STALE, connected, synced, way
 
 __all__ = ["way"]
 

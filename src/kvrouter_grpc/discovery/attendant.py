@@ -212,7 +212,9 @@ class Attendant:
             for target, subscriber in self._subscribers.items():
                 self._judge_report_mode(target)
                 if self.router.feedback.resync_due(target):
-                    self._log.warning("picture is wrong", dp_rank=target.dp_rank, detail="doubting it, and asking for its history")
+                    self._log.warning(
+                        "picture is wrong", dp_rank=target.dp_rank, detail="doubting it, and asking for its history"
+                    )
                     subscriber.resync()
             if health is Health.GOOD:
                 if self._doubted or self.worker.health is WorkerState.UNHEALTHY:
