@@ -1,5 +1,9 @@
 """The stream tracker where a process restarts, a picture is begun anew, or what was given up is made good."""
 
+import pytest
+
+from kvrouter_grpc.events.answer import ROLLED_ANSWERS
+from kvrouter_grpc.events.repair import FEW, FEW_LATE_ANSWERS
 from unit.tracked_stream import APPLY, DUPLICATE, GAP, LIVE, RESTART, STALE, connected, synced, way
 
 __all__ = ["way"]
@@ -128,15 +132,33 @@ def test_a_ring_without_room_is_not_taken_for_restarts_again_and_again() -> None
     assert stream.tracker.restarts == 1
 
 
-def test_a_repair_begins_at_the_beginning_or_not_at_all() -> None:
-    stream = synced(0, 5)
+@pytest.mark.parametrize(("begins", "believed_after"), [(FEW, ROLLED_ANSWERS), (2, FEW_LATE_ANSWERS)])
+def test_a_repair_begins_at_the_beginning_or_not_at_all(begins: int, believed_after: int) -> None:
+    """Answers that begin late may be faults of the network, and the more so the less they miss."""
+    stream = synced(0, 30)
     for _ in range(2):
         stream.silence()
-    for repairable in (True, True, False):  # one answer that begins late may be a fault of the network
-        assert (stream.taken, stream.state, stream.tracker.repairable) == ([0, 5], STALE, repairable)
+    for late in range(believed_after + 1):
+        assert (stream.taken, stream.state) == ([0, 30], STALE)
+        assert stream.tracker.repairable is (late < believed_after)
         stream.tracker.audit()
-        stream.replay(2, 3, 4, 5)
-        assert stream.asked == (0 if repairable else 5)
+        stream.replay(*range(begins, 31))
+        assert stream.asked == (0 if late < believed_after else 30)
+
+
+def test_a_repair_ends_when_the_ring_has_rolled_past_its_hole() -> None:
+    stream = synced(0, 30)
+    for _ in range(2):
+        stream.silence()
+    stream.tracker.audit()
+    stream.replay(0, 1, 2, 30)
+    for _ in range(ROLLED_ANSWERS):
+        assert stream.tracker.repairable
+        stream.tracker.audit()
+        stream.replay(*range(3 + FEW, 31))
+        assert stream.asked == 3
+    assert not stream.tracker.repairable
+    assert (stream.taken, stream.state) == ([0, 30], STALE)
 
 
 def test_a_repair_goes_on_where_the_answer_before_it_had_a_hole() -> None:

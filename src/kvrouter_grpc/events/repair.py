@@ -3,6 +3,11 @@
 from kvrouter_grpc.events.answer import ROLLED_ANSWERS
 from kvrouter_grpc.events.held import HeldBatches
 
+FEW = 16
+FEW_LATE_ANSWERS = 8
+"""An answer that begins so few batches late may have lost them on the way; a ring that rolls is soon far behind. So it
+takes as many of those in a row to believe it."""
+
 
 class Repair:
     """Collects answers from 0 on aside: only what is complete may replace what was taken of the stream.
@@ -29,7 +34,8 @@ class Repair:
         self._bounds = (max_held, max_held_bytes)
         self._history: HeldBatches | None = None
         self._hole = 0  # number of the first batch that is missing; what is asked for
-        self._late = 0  # answers in a row that did not begin with the first batch
+        self._began: int | None = None  # number of the answer's first batch; None: it has none yet
+        self._late = 0  # answers in a row that began behind what was asked for, and brought nothing
 
     @property
     def under_way(self) -> bool:
@@ -42,10 +48,12 @@ class Repair:
             self._history = HeldBatches(*self._bounds)
             self.begins = self._hole = 0
         self.asked = True
+        self._began = None
         return self._hole
 
     def answer_begins(self, seq: int, *, suffix_helps: bool) -> None:
         """Its answer begins with that number; `suffix_helps`: a history without its beginning is better than none."""
+        self._began = seq
         if self._hole:
             return
         if seq and not suffix_helps:
@@ -69,16 +77,22 @@ class Repair:
         """
         self.asked = self.advanced = False
         history, self._history = self._history, None
-        if history is None or history.overflowed or not history.count:
-            self._late += 1
-            self.possible = self._late < ROLLED_ANSWERS and not (history is not None and history.overflowed)
+        if history is not None and history.overflowed:
+            self.possible = False
             return None
-        self._late = 0
-        hole = history.gap_after(max(self._hole, self.begins))
-        if hole >= next_seq:
-            return history
+        hole = history.gap_after(max(self._hole, self.begins)) if history is not None and history.count else self._hole
         self.advanced = hole > self._hole
-        self._hole, self._history = hole, history
+        if history is not None and self.advanced and hole >= next_seq:
+            self._late = 0
+            return history
+        if self.advanced or self._began == self._hole:
+            self._late = 0
+        else:
+            self._late += 1
+            few = self._began is not None and self._began - self._hole < FEW
+            self.possible = self._late < (FEW_LATE_ANSWERS if few else ROLLED_ANSWERS)
+        if self.possible:
+            self._hole, self._history = hole, history
         return None
 
     def break_off(self) -> None:

@@ -297,7 +297,6 @@ class StreamTracker:
         doubtful = self._proof.doubted or self._repair.asked
         if self._answer.first == seq and self.intake.hole and self._answer.rolled_again and not doubtful:
             # To wait for its end would cost the time of a whole ring.
-            self._repair.possible = False
             self._give_up(whole_answer=False)
         if self.intake.ready:
             return Verdict.APPLY
@@ -329,7 +328,6 @@ class StreamTracker:
         self._answer.count_rolled(rolled=self._answer.begins_late and self.intake.next_seq == self._answer.asked_at)
         self._answer.count_attempt(self.intake.next_seq)
         if self._answer.rolled or self._answer.vain:
-            self._repair.possible = self._repair.possible and not self._answer.rolled
             self._give_up(whole_answer=self._answer.first is not None)
             return Verdict.APPLY
         return Verdict.GAP
