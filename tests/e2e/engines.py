@@ -69,6 +69,17 @@ def free_ports(count: int) -> int:
     raise RuntimeError(f"no {count} consecutive free ports")
 
 
+async def _is_free(port: int) -> bool:
+    """Whether a server could listen there: a child of the one before may outlive it for a moment, with its socket."""
+    with closing(socket.socket()) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("", port))
+        except OSError:
+            return False
+    return True
+
+
 @dataclass(frozen=True)
 class EngineOptions:
     """How an engine is set up. One block of `blocks` is vLLM's null block, never used."""
@@ -274,6 +285,7 @@ class Engine:
 
     async def restart(self) -> None:
         """Start again after `kill` or `terminate` and wait until it serves."""
+        await until(lambda: _is_free(self._port), f"port {self._port} of {self.name} is free again")
         self.start()
         await asyncio.to_thread(self.wait_ready)
 
