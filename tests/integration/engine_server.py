@@ -98,8 +98,8 @@ async def raw(*steps: bytes | asyncio.Event, reset: bool = False) -> AsyncIterat
 
     async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         head = await reader.readuntil(b"\r\n\r\n")
-        length = next(line for line in head.lower().split(b"\r\n") if line.startswith(b"content-length:"))
-        await reader.readexactly(int(length.split(b":")[1]))
+        lengths = [line for line in head.lower().split(b"\r\n") if line.startswith(b"content-length:")]
+        await reader.readexactly(int(lengths[0].split(b":")[1]) if lengths else 0)
         for step in steps:
             if isinstance(step, asyncio.Event):
                 await step.wait()
