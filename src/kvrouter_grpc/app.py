@@ -32,7 +32,7 @@ ZMQ_MAX_SOCKETS = 65_536
 """Sockets of one ZMQ context; the library's default of 1,023 ends at about 250 workers."""
 
 READINESS_S = 0.02
-"""How often a router that is not ready looks whether it is."""
+"""How often a router looks whether it is ready that lacks only what its event streams tell at first."""
 
 log = structlog.get_logger(__name__)
 
@@ -152,11 +152,8 @@ class App:
                     level = log.info if ready and not findings else log.warning
                     level("ready" if ready else "not ready", findings=findings)
                 was, said = ready, findings
-            if ready:
-                await self._changed.wait()
-                continue
-            with contextlib.suppress(TimeoutError):  # time, too, makes it ready
-                async with asyncio.timeout(READINESS_S):
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(READINESS_S if fleet.settling else None):
                     await self._changed.wait()
 
     async def _drain(self, server: GrpcServer) -> None:

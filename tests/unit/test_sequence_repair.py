@@ -70,6 +70,7 @@ def test_a_picture_that_foretold_wrongly_is_taken_again() -> None:
     stream.tracker.resync()
     assert (stream.taken, stream.state) == ([0, 1, 2], STALE)
     assert "foretold wrongly" in stream.tracker.detail
+    assert stream.tracker.position is None, "nobody else should begin with it"
     stream.live(3)
     stream.replay(0, 1, 2, 3)
     assert (stream.asked, stream.taken) == (0, [0, 1, 2, 3, "|", 0, 1, 2, 3])

@@ -173,6 +173,11 @@ class Fleet:
         """Whether every endpoint can serve; see `Readiness`."""
         return self._readiness.ready
 
+    @property
+    def settling(self) -> bool:
+        """Whether it may become ready without a change of a worker; see `Readiness`."""
+        return self._readiness.settling
+
     def findings(self) -> list[str]:
         """What keeps the router from being ready or deserves attention, one sentence each."""
         return self._readiness.findings(self.workers())

@@ -60,6 +60,11 @@ class Readiness:
         self._was_ready = now - self._served_at >= SETTLE_S or not self._unsettled()
         return self._was_ready
 
+    @property
+    def settling(self) -> bool:
+        """Whether time alone, or a stream, may make it ready; all else is a change of a worker."""
+        return self._served_at is not None and not self._was_ready
+
     def findings(self, views: Sequence[WorkerView]) -> list[str]:
         """What keeps the router from being ready or deserves attention, one sentence each; `views` are all workers."""
         found = []
@@ -76,7 +81,7 @@ class Readiness:
         ready = sum(worker.state is WorkerState.READY for worker in self._workers())
         if ready < self._min_workers:
             found.append(f"{ready} of at least {self._min_workers} workers are ready")
-        if self._served_at is not None and not self._was_ready and (names := self._unsettled()):
+        if self.settling and (names := self._unsettled()):
             found.append(f"waiting until the event streams of {', '.join(names)} have told what is cached already")
         return found
 

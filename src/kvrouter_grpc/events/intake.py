@@ -143,9 +143,12 @@ class Intake:
 
     @property
     def position(self) -> StreamPosition | None:
-        """Where another one could go on, in the same doubt; None when what was taken may be of two processes."""
+        """Where another one could go on, in the same doubt; None when nothing good would come of that.
+
+        That is when what was taken may be of two processes, or foretold wrongly.
+        """
         content, coverage = self.log.last_content, self.coverage
-        if not coverage.taken or self.proof.unverified or not content:
+        if not coverage.taken or coverage.suspected or self.proof.unverified or not content:
             return None
         return StreamPosition(self.next_seq, content, coverage.taken, coverage.partial, coverage.lost)
 

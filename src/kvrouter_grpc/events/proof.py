@@ -22,9 +22,7 @@ class ProcessProof:
         self.doubted = False
         self.unverified = False
         self.empty_proves = True
-        self._emptied_at: int | None = (
-            None  # number of the next batch before the last restart that an empty answer proved
-        )
+        self._emptied_at: int | None = None  # next number before the last restart that an empty answer proved
 
     @property
     def open(self) -> bool:

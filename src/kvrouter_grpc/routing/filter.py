@@ -70,9 +70,7 @@ class Filter:
             RouterError: There are none; the class and message say why.
         """
         hints = request.hints
-        shortlist = self._roster.shortlist(request, explained=explained)
-        if self._gate.limits:
-            shortlist = self._below_thresholds(request, shortlist)
+        shortlist = self._able(request, explained=explained)
         if self._only_pinned and hints.worker_id is None:
             raise eligibility.not_pinned()
         if self._sessions is not None and (session := session_of(hints)) is not None:
@@ -91,15 +89,16 @@ class Filter:
         Raises:
             RouterError: There are none, as `shortlist`.
         """
-        shortlist = self._roster.shortlist(request, explained=False)
-        if self._gate.limits:
-            shortlist = self._below_thresholds(request, shortlist)
-        return self._gate.all_busy(shortlist.rows)
+        return self._gate.all_busy(self._able(request, explained=False).rows)
 
     def bind(self, request: RoutingRequest, target: Target) -> None:
         """A request was sent to `target`: its session stays there."""
         if self._sessions is not None and (session := session_of(request.hints)) is not None:
             self._sessions.bind(session, target, self._clock())
+
+    def _able(self, request: RoutingRequest, *, explained: bool) -> Shortlist:
+        shortlist = self._roster.shortlist(request, explained=explained)
+        return self._below_thresholds(request, shortlist) if self._gate.limits else shortlist
 
     def _below_thresholds(self, request: RoutingRequest, shortlist: Shortlist) -> Shortlist:
         below = self._gate.below(shortlist.rows)
